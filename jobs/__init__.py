@@ -1,0 +1,1 @@
+"""One file a command; listing the folder is reading the pipeline."""

@@ -1,0 +1,1 @@
+"""Where to cut: pairs into shards that share prefixes."""

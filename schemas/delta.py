@@ -1,0 +1,251 @@
+"""The only file that speaks to Delta: sessions, creating and checking tables, reading, upserting, deleting.
+
+Every write is one Delta commit. A commit that loses a race against another writer is tried again, a bounded number of
+times. Tables are addressed by the root folder or URI and their name in `schemas.tables`; no value of data ever becomes
+part of an SQL text.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from delta.exceptions import DeltaConcurrentModificationException
+from delta.tables import DeltaMergeBuilder, DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+
+from schemas.tables import TABLES, Table
+
+PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
+# What Spark must be told before it starts. spark-submit.sh and the README's plain spark-submit print this very list.
+CONF = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    # Times in the tables are UTC, whoever reads them.
+    "spark.sql.session.timeZone": "UTC",
+    # A lost commit response must not append twice (off by default in 4.4.0).
+    "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
+    # `FROM parquet.`/path`` inside an operator's --where would read files past the tables.
+    "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",
+    # A Python worker that says nothing for half an hour (a stopped process: its own watchdog cannot speak) is ended.
+    "spark.python.worker.idleTimeoutSeconds": "1800",
+    "spark.python.worker.killOnIdleTimeout": "true",
+}
+LOCAL_CONF = {
+    # One machine, small tables: Spark's default of 200 shuffle partitions and 50 log partitions only costs here.
+    "spark.sql.shuffle.partitions": "4",
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.ui.enabled": "false",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.driver.host": "127.0.0.1",
+}
+_COMMIT_TRIES = 10
+_R = TypeVar("_R")
+
+
+def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
+    """The Spark session of a job: the one spark-submit prepared, or an embedded local one.
+
+    A task may fail three times before the job does, in local mode too (`local[*,4]`): a worker whose engine died exits,
+    and the next try gets a fresh one. Without spark-submit the Delta jar is resolved through `spark.jars.packages`.
+    """
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName(app)
+    for key, value in CONF.items():
+        builder = builder.config(key, value)
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        builder = builder.master("local[*,4]").config("spark.jars.packages", PACKAGE)
+        for key, value in LOCAL_CONF.items():
+            builder = builder.config(key, value)
+    for key, value in (conf or {}).items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def path(root: str, name: str) -> str:
+    """Where table `name` lies under `root`; only names of the contract are let through."""
+    return f"{root.rstrip('/')}/{TABLES[name].name}"
+
+
+def _quoted(root: str, name: str) -> str:
+    return "delta.`" + path(root, name).replace("`", "``") + "`"
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def exists(spark: SparkSession, root: str, name: str) -> bool:
+    """Whether the table is there."""
+    return DeltaTable.isDeltaTable(spark, path(root, name))
+
+
+def prepare(spark: SparkSession, root: str) -> None:
+    """Creates the tables that are missing under `root`, in one commit each, and checks those that are there.
+
+    Raises ValueError with every difference where a table does not fit: tables are never changed on the side.
+    """
+    for table in TABLES.values():
+        if not exists(spark, root, table.name):
+            spark.sql(ddl(root, table))
+        differences = misfits(spark, root, table)
+        if differences:
+            raise ValueError(
+                f"table {path(root, table.name)} does not fit this version of the project: "
+                + "; ".join(differences)
+                + ". Nothing was written. Mend it with ALTER TABLE as named, or use another --tables folder."
+            )
+
+
+def ddl(root: str, table: Table) -> str:
+    """The CREATE TABLE statement, constraints included, so that the table is born with them."""
+    columns = ", ".join(
+        f"{c.name} {c.type}{' NOT NULL' if c.required else ''} COMMENT {_literal(c.comment)}" for c in table.columns
+    )
+    cluster = f" CLUSTER BY ({', '.join(table.cluster_by)})" if table.cluster_by else ""
+    properties = ", ".join(f"{_literal(k)} = {_literal(v)}" for k, v in table.properties.items())
+    return (
+        f"CREATE TABLE IF NOT EXISTS {_quoted(root, table.name)} ({columns}) USING delta "
+        f"COMMENT {_literal(table.comment)}{cluster} TBLPROPERTIES ({properties})"
+    )
+
+
+def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
+    """How the table on disk differs from the contract, one sentence a difference with the SQL that mends it."""
+    where = _quoted(root, table.name)
+    found = {f.name: f for f in spark.read.format("delta").load(path(root, table.name)).schema.fields}
+    differences = []
+    for column in table.columns:
+        if column.name not in found:
+            differences.append(
+                f"column {column.name} is missing (ALTER TABLE {where} ADD COLUMN {column.name} {column.type})"
+            )
+            continue
+        has = found[column.name]
+        if has.dataType.simpleString().upper() != column.type:
+            differences.append(f"column {column.name} is {has.dataType.simpleString()}, wanted {column.type.lower()}")
+        if column.required and has.nullable:
+            differences.append(
+                f"column {column.name} may be null (ALTER TABLE {where} ALTER COLUMN {column.name} SET NOT NULL)"
+            )
+    differences += [f"column {name} is not in the contract" for name in found if name not in table.names]
+    detail = DeltaTable.forPath(spark, path(root, table.name)).detail().select("properties", "minReaderVersion").head()
+    if detail is None:
+        raise ValueError(f"table {path(root, table.name)} cannot be described")
+    for key, value in table.properties.items():
+        # Delta drops properties that were set to their default; constraints and the change feed must be there.
+        if detail["properties"].get(key, value if key in ("delta.columnMapping.mode",) else "") != value:
+            if key.startswith("delta.constraints."):
+                mend = f"ALTER TABLE {where} ADD CONSTRAINT {key.removeprefix('delta.constraints.')} CHECK ({value})"
+            else:
+                mend = f"ALTER TABLE {where} SET TBLPROPERTIES ('{key}' = '{value}')"
+            differences.append(f"property {key} is not {value!r} ({mend})")
+    if detail["minReaderVersion"] > 1:
+        differences.append(f"reader protocol is {detail['minReaderVersion']}, wanted 1 (other readers need it)")
+    return differences
+
+
+def read(spark: SparkSession, root: str, name: str, version: int | None = None) -> DataFrame:
+    """A table as it is now, or as it was at a Delta version. Raises ValueError where there is none."""
+    if not exists(spark, root, name):
+        raise ValueError(f"there is no table {name!r} under {root!r}; make it with: ingest --tables {root} --pairs FILE")
+    reader = spark.read.format("delta")
+    if version is not None:
+        reader = reader.option("versionAsOf", version)
+    return reader.load(path(root, name))
+
+
+def changes(spark: SparkSession, root: str, name: str) -> DataFrame:
+    """A stream over a table's changes: first all its rows as inserts, then what is inserted, updated, deleted."""
+    return spark.readStream.format("delta").option("readChangeFeed", "true").load(path(root, name))
+
+
+def version(spark: SparkSession, root: str, name: str) -> int:
+    """The table's newest Delta version."""
+    row = DeltaTable.forPath(spark, path(root, name)).history(1).select("version").head()
+    if row is None:
+        raise ValueError(f"table {path(root, name)} has no history")
+    return int(row["version"])
+
+
+def register(spark: SparkSession, root: str) -> list[str]:
+    """Makes every table that is there a view of its name in the session; each query reads its newest version."""
+    there = [name for name in TABLES if exists(spark, root, name)]
+    for name in there:
+        spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {name} AS SELECT * FROM {_quoted(root, name)}")
+    return there
+
+
+def upsert(spark: SparkSession, root: str, name: str, rows: DataFrame, changed: str = "true") -> dict[str, int]:
+    """Brings `rows` into a table by its key, in one commit; returns how many were inserted and updated.
+
+    `rows`: the table's columns, at most one row a key. It is read twice, so it must not be the plan of expensive or
+    non-repeatable work: land or persist that first. `changed`: SQL over `old` and `new` that says whether a row that
+    is there already is rewritten; unchanged rows are not touched. Delta commits even where nothing changes.
+    """
+
+    def build() -> DeltaMergeBuilder:
+        names = TABLES[name].names
+        matched = " AND ".join(f"old.{key} = new.{key}" for key in TABLES[name].key)
+        return (
+            DeltaTable.forPath(spark, path(root, name))
+            .alias("old")
+            .merge(rows.select(*names).alias("new"), matched)
+            .whenMatchedUpdate(changed, {c: f"new.{c}" for c in names})
+            .whenNotMatchedInsert(values={c: f"new.{c}" for c in names})
+        )
+
+    return _merged(build)
+
+
+def update(spark: SparkSession, root: str, name: str, rows: DataFrame, columns: Mapping[str, str]) -> dict[str, int]:
+    """Sets `columns` (name → SQL over `old` and `new`) in the rows whose key is in `rows`, in one commit."""
+
+    def build() -> DeltaMergeBuilder:
+        matched = " AND ".join(f"old.{key} = new.{key}" for key in TABLES[name].key)
+        target = DeltaTable.forPath(spark, path(root, name)).alias("old")
+        return target.merge(rows.alias("new"), matched).whenMatchedUpdate(set=dict(columns))
+
+    return _merged(build)
+
+
+def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple[str, ...]) -> int:
+    """Removes the rows whose columns `on` are among `keys`, in one commit; returns how many."""
+
+    def build() -> DeltaMergeBuilder:
+        matched = " AND ".join(f"old.{key} = new.{key}" for key in on)
+        target = DeltaTable.forPath(spark, path(root, name)).alias("old")
+        return target.merge(keys.select(*on).distinct().alias("new"), matched).whenMatchedDelete()
+
+    return _merged(build)["deleted"]
+
+
+def _merged(build: Callable[[], DeltaMergeBuilder]) -> dict[str, int]:
+    """Runs a MERGE and reads its own row of figures."""
+    row = _committed(lambda: build().execute().head())
+    return {
+        "inserted": int(row["num_inserted_rows"]),
+        "updated": int(row["num_updated_rows"]),
+        "deleted": int(row["num_deleted_rows"]),
+    }
+
+
+def _committed(commit: Callable[[], _R]) -> _R:
+    """Runs a commit again when another writer was faster, up to ten times, each wait longer than the last."""
+    for attempt in range(1, _COMMIT_TRIES + 1):
+        try:
+            return commit()
+        except DeltaConcurrentModificationException as conflict:
+            if attempt == _COMMIT_TRIES:
+                raise RuntimeError(
+                    f"gave up after {attempt} tries to commit: another job keeps writing the same rows. Nothing of "
+                    "this commit was written; start the job again when the other one has ended."
+                ) from conflict
+            time.sleep(random.uniform(0.1, 0.3) * 2 ** min(attempt, 6))  # noqa: S311 (spread, not secrecy)
+    raise AssertionError("unreachable")

@@ -1,0 +1,63 @@
+"""The record of a run: one row in `runs`, written when a job starts and again when it ends, however it ends."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+
+from pyspark.sql import SparkSession
+
+from schemas import delta
+from schemas.tables import RUNS
+
+
+@dataclass(frozen=True)
+class Run:
+    """The columns of `runs`; `counts` are rows by what became of them. Times are UTC."""
+
+    run_id: str
+    job: str
+    status: str
+    started_at: datetime
+    message: str | None = None
+    model_id: str | None = None
+    prompt_id: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    waves: int | None = None
+    prompt_tokens: int | None = None
+    computed_tokens: int | None = None
+    trie_nodes: int | None = None
+    block_floor: int | None = None
+    tokens_cut: int | None = None
+    engine_seconds: float | None = None
+    engine_loads: int | None = None
+    p_outside: float | None = None
+    dtype: str | None = None
+    engine_version: str | None = None
+    settings_hash: str | None = None
+    finished_at: datetime | None = None
+
+
+def start(spark: SparkSession, root: str, job: str, model_id: str | None = None, prompt_id: str | None = None) -> Run:
+    """Writes the row of a run that begins now, and returns it."""
+    now = datetime.now(UTC)
+    run_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+    run = Run(run_id, job, "running", now, model_id=model_id, prompt_id=prompt_id)
+    write(spark, root, run)
+    return run
+
+
+def finish(spark: SparkSession, root: str, run: Run, status: str, message: str | None = None) -> Run:
+    """Writes how the run ended (`done` or `failed`, with a sentence) and returns the row."""
+    run = replace(run, status=status, message=message, finished_at=datetime.now(UTC))
+    write(spark, root, run)
+    return run
+
+
+def write(spark: SparkSession, root: str, run: Run) -> None:
+    """Writes the row as it is now."""
+    schema = ", ".join(f"{c.name} {c.type}" for c in RUNS.columns)
+    values = asdict(run)
+    row = tuple(values[name] for name in RUNS.names)
+    delta.upsert(spark, root, "runs", spark.createDataFrame([row], schema))

@@ -1,0 +1,236 @@
+"""The tables: columns with their comments, keys, constraints, and how the two hashes of a pair are made.
+
+The rules live in Delta itself (NOT NULL and CHECK), not only in code, so that no writer can break them, and every column
+carries its comment, so that `DESCRIBE TABLE` is the documentation. Readers come first: whatever would make a table
+unreadable for delta-rs, DuckDB or Polars is set off in its properties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pyspark.sql import Column
+from pyspark.sql import functions as F
+
+from schemas.labels import OUTCOMES, P_COLUMNS
+
+# Reader protocol 1 for all: these three are what delta-rs and Polars stumble over.
+_READABLE = {
+    "delta.enableDeletionVectors": "false",
+    "delta.columnMapping.mode": "none",
+    "delta.checkpointPolicy": "classic",
+}
+
+
+@dataclass(frozen=True)
+class Col:
+    """One column: name, SQL type, comment; `required` makes it NOT NULL."""
+
+    name: str
+    type: str
+    comment: str
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One Delta table of the contract; it lies at `ROOT/name`."""
+
+    name: str
+    comment: str
+    key: tuple[str, ...]
+    columns: tuple[Col, ...]
+    checks: dict[str, str] = field(default_factory=dict)
+    cluster_by: tuple[str, ...] = ()
+    change_feed: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Column names in order."""
+        return [column.name for column in self.columns]
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Every table property that the contract fixes, constraints among them."""
+        checks = {f"delta.constraints.{name}": sql for name, sql in self.checks.items()}
+        return _READABLE | ({"delta.enableChangeDataFeed": "true"} if self.change_feed else {}) | checks
+
+
+PAIRS = Table(
+    "pairs",
+    "A query and a product whose relevance is wanted, with the product's text",
+    ("pair_id",),
+    (
+        Col("pair_id", "STRING", "Key: 32 hex digits, a hash of locale, query and product_id", True),
+        Col("query", "STRING", "What was searched for, as typed", True),
+        Col("product_id", "STRING", "The product's id in its catalogue; with locale it names one product", True),
+        Col("locale", "STRING", "Market or language of query and product; empty where there is one only", True),
+        Col("title", "STRING", "The product's title", True),
+        Col("brand", "STRING", "The product's brand"),
+        Col("description", "STRING", "The product's description"),
+        Col("attributes", "MAP<STRING,STRING>", "The product's attributes by name"),
+        Col("category", "STRING", "The product's category"),
+        Col("weight", "DOUBLE", "Impressions, or whatever tells which pairs matter most; more is scored first"),
+        Col("content_hash", "STRING", "Hash of all text above; a model judges a pair anew only when it changes", True),
+        Col("updated_at", "TIMESTAMP", "When this row was last written", True),
+    ),
+    {
+        "pair_id_form": "pair_id RLIKE '^[0-9a-f]{32}$'",
+        "query_present": "trim(query) <> ''",
+        "title_present": "trim(title) <> ''",
+        "weight_positive": "weight IS NULL OR weight >= 0",
+    },
+    cluster_by=("locale", "product_id"),
+    change_feed=True,
+)
+
+GOLD = Table(
+    "gold",
+    "A human judgement of a pair",
+    ("pair_id", "source"),
+    (
+        Col("pair_id", "STRING", "The judged pair", True),
+        Col("source", "STRING", "Where the judgement comes from, as named at ingest", True),
+        Col("label", "INT", "4 Excellent, 3 Related, 2 Mismatch, 1 Irrelevant", True),
+        Col("rater_labels", "ARRAY<INT>", "The labels of the single raters, where known"),
+        Col("weight", "DOUBLE", "How much this judgement counts; 1 where nothing was said", True),
+        Col("split", "STRING", "train, dev or test; the same for all pairs of a query", True),
+        Col("judged_at", "TIMESTAMP", "When it was ingested", True),
+    ),
+    {
+        "label_range": "label BETWEEN 1 AND 4",
+        "rater_range": "rater_labels IS NULL OR forall(rater_labels, x -> x BETWEEN 1 AND 4)",
+        "split_named": "split IN ('train', 'dev', 'test')",
+        "weight_positive": "weight > 0",
+    },
+)
+
+_SUM = " + ".join(P_COLUMNS)
+_ALL_NULL = " AND ".join(f"{p} IS NULL" for p in (*P_COLUMNS, "p_outside"))
+_ALL_IN_RANGE = " AND ".join(f"{p} IS NOT NULL AND {p} BETWEEN 0 AND 1" for p in (*P_COLUMNS, "p_outside"))
+
+LABEL_PROBS = Table(
+    "label_probs",
+    "A pair judged by one model with one prompt",
+    ("pair_id", "model_id", "prompt_id"),
+    (
+        Col("pair_id", "STRING", "The judged pair", True),
+        Col("model_id", "STRING", "The model: a hash of its weights and configuration", True),
+        Col("prompt_id", "STRING", "The prompt: a hash of its template, labels and tokenizer", True),
+        Col("query", "STRING", "The pair's query when it was scored", True),
+        Col("product_id", "STRING", "The pair's product", True),
+        Col("locale", "STRING", "The pair's locale", True),
+        Col(P_COLUMNS[0], "DOUBLE", "Probability of label 4, given that the answer is a label; null unless scored"),
+        Col(P_COLUMNS[1], "DOUBLE", "Probability of label 3, given that the answer is a label; null unless scored"),
+        Col(P_COLUMNS[2], "DOUBLE", "Probability of label 2, given that the answer is a label; null unless scored"),
+        Col(P_COLUMNS[3], "DOUBLE", "Probability of label 1, given that the answer is a label; null unless scored"),
+        Col("p_outside", "DOUBLE", "Mass that the model gave to anything but the four labels, before renormalising"),
+        Col("outcome", "STRING", "; ".join(f"{k}: {v}" for k, v in OUTCOMES.items()), True),
+        Col("content_hash", "STRING", "content_hash of the pairs row that was scored; older text if it differs", True),
+        Col("pairs_version", "BIGINT", "Delta version of pairs at which the row was read", True),
+        Col("wave_id", "STRING", "The wave (one commit) that brought the row", True),
+        Col("prompt_tokens", "INT", "Tokens of the prompt after the cuts", True),
+        Col("tokens_cut", "INT", "Tokens of the pair's text that did not fit and were left out", True),
+        Col("run_id", "STRING", "The run that scored it, in runs", True),
+        Col("scored_at", "TIMESTAMP", "When the wave was merged", True),
+    ),
+    {
+        "outcome_named": "outcome IN (" + ", ".join(f"'{o}'" for o in OUTCOMES) + ")",
+        "p_iff_scored": f"(outcome = 'scored' AND {_ALL_IN_RANGE}) OR (outcome <> 'scored' AND {_ALL_NULL})",
+        "p_sum": f"outcome <> 'scored' OR abs({_SUM} - 1) <= 1e-6",
+    },
+    cluster_by=("model_id", "pair_id"),
+)
+
+MODELS = Table(
+    "models",
+    "A model that may score",
+    ("model_id",),
+    (
+        Col("model_id", "STRING", "Hash of weights and configuration", True),
+        Col("path", "STRING", "Folder it was last loaded from", True),
+        Col("base", "STRING", "Architecture or base model"),
+        Col("stage", "STRING", "base, sft, dpo, grpo, or external for a folder brought by the operator", True),
+        Col("prompt_id", "STRING", "The prompt it was trained with; null: none, so any prompt may be tried"),
+        Col("weights_hash", "STRING", "SHA-256 over the names and contents of the weight files", True),
+        Col("parent_id", "STRING", "The model that it was trained from"),
+        Col("metrics", "MAP<STRING,DOUBLE>", "What was measured of it, the first-use self check among them"),
+        Col("created_at", "TIMESTAMP", "When it was registered", True),
+    ),
+)
+
+QUARANTINE = Table(
+    "quarantine",
+    "An input row that was refused",
+    ("source", "row_hash"),
+    (
+        Col("source", "STRING", "The source as named at ingest", True),
+        Col("row_hash", "STRING", "SHA-256 of the row as it came and of its reason", True),
+        Col("row", "STRING", "The row as it came; bytes that are not UTF-8 as \\xNN; cut where it is very long", True),
+        Col("reason", "STRING", "Why it was refused, in a sentence", True),
+        Col("file", "STRING", "The file it came from"),
+        Col("line", "BIGINT", "Its line (or record) number in that file, from 1; null where the format has none"),
+        Col("stage", "STRING", "The step that refused it", True),
+        Col("seen_at", "TIMESTAMP", "When it was last seen", True),
+    ),
+)
+
+RUNS = Table(
+    "runs",
+    "One run of one job",
+    ("run_id",),
+    (
+        Col("run_id", "STRING", "Key: start time and a random part", True),
+        Col("job", "STRING", "The command", True),
+        Col("status", "STRING", "running, done, or failed", True),
+        Col("message", "STRING", "Why it failed, in a sentence"),
+        Col("model_id", "STRING", "The model that scored"),
+        Col("prompt_id", "STRING", "The prompt it was asked with"),
+        Col("counts", "MAP<STRING,BIGINT>", "Rows by what became of them (seen, skipped, scored, refused, …)", True),
+        Col("waves", "INT", "Commits of scored rows"),
+        Col("prompt_tokens", "BIGINT", "Tokens asked: the sum of all prompts"),
+        Col("computed_tokens", "BIGINT", "Tokens the engine computed, the rest came from its prefix cache"),
+        Col("trie_nodes", "BIGINT", "Nodes of the prompts' prefix trie: the least that any cache can compute"),
+        Col("block_floor", "BIGINT", "The least that a cache of whole KV blocks can compute"),
+        Col("tokens_cut", "BIGINT", "Tokens of text left out by budgets and the block cut"),
+        Col("engine_seconds", "DOUBLE", "Seconds the engines were at work, summed over engines"),
+        Col("engine_loads", "INT", "Engines loaded"),
+        Col("p_outside", "DOUBLE", "Mean mass outside the four labels"),
+        Col("dtype", "STRING", "Number type the model ran in"),
+        Col("engine_version", "STRING", "Engine and version"),
+        Col("settings_hash", "STRING", "Hash of the engine's settings"),
+        Col("started_at", "TIMESTAMP", "Start", True),
+        Col("finished_at", "TIMESTAMP", "End; null while it runs"),
+    ),
+    {"status_named": "status IN ('running', 'done', 'failed')"},
+)
+
+TABLES = {t.name: t for t in (PAIRS, GOLD, LABEL_PROBS, MODELS, QUARANTINE, RUNS)}
+
+
+def netstring(text: Column) -> Column:
+    """One field in a hash: its length in bytes, a colon, the bytes; `-` for null. No two field lists collide."""
+    return F.when(text.isNull(), F.lit("-")).otherwise(F.concat(F.octet_length(text), F.lit(":"), text))
+
+
+def hash_fields(fields: Sequence[Column]) -> Column:
+    """SHA-256, in hex, over the netstrings of the fields."""
+    return F.sha2(F.concat(*[netstring(f) for f in fields]).cast("binary"), 256)
+
+
+def pair_id(locale: Column, query: Column, product_id: Column) -> Column:
+    """Key of a pair: hex of the first 16 bytes of SHA-256 over locale, query and product_id (see `netstring`)."""
+    return F.substring(hash_fields([locale, query, product_id]), 1, 32)
+
+
+def product_hash(title: Column, brand: Column, description: Column, attributes: Column, category: Column) -> Column:
+    """Hash of a product's text. Attributes count in the order of their names, so that a re-ordered map is no change."""
+    entries = F.array_sort(F.map_entries(attributes))
+    packed = F.concat_ws("", F.transform(entries, lambda e: F.concat(netstring(e["key"]), netstring(e["value"]))))
+    return hash_fields([title, brand, description, F.when(attributes.isNotNull(), packed), category])
+
+
+def content_hash(product: Column, locale: Column, query: Column) -> Column:
+    """Hash of all text of a pair, from the product's hash: what a model's judgement depends on."""
+    return hash_fields([locale, query, product])
