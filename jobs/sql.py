@@ -1,0 +1,48 @@
+"""Asks the tables in SQL.
+
+sql --tables T "SELECT query, title, p_excellent FROM pairs JOIN label_probs USING (pair_id) LIMIT 10"
+sql --tables T          (a prompt: one statement a line, empty line or Ctrl-D ends)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from schemas import delta
+
+
+def main(argv: list[str]) -> int:
+    """Runs one statement, or reads them one a line; a statement that fails is printed and, alone, gives exit code 2."""
+    parser = argparse.ArgumentParser(prog="sql", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tables", required=True, metavar="T", help="root folder or URI of the tables")
+    parser.add_argument("--rows", type=int, default=100, help="print at most so many rows (default 100)")
+    parser.add_argument("--width", type=int, default=40, help="cut columns at so many characters, 0: not at all")
+    parser.add_argument("statement", nargs="?", help="one SQL statement; without it, a prompt")
+    args = parser.parse_args(argv)
+    spark = delta.session("sql")
+    there = delta.register(spark, args.tables)
+    if not there:
+        raise ValueError(f"there are no tables under {args.tables!r}; make them: ingest --tables {args.tables} --pairs FILE")
+    if args.statement is not None:
+        return 0 if _ask(spark, args.statement, args.rows, args.width) else 2
+    print(f"tables: {', '.join(there)}")
+    while True:
+        print("sql> ", end="", flush=True)
+        statement = sys.stdin.readline().strip()
+        if not statement:
+            return 0
+        _ask(spark, statement, args.rows, args.width)
+
+
+def _ask(spark: SparkSession, statement: str, rows: int, width: int) -> bool:
+    try:
+        spark.sql(statement.rstrip().rstrip(";")).show(rows, truncate=width or False)
+    except PySparkException as error:
+        # The condition and its first line say it; the plan and the JVM's stack do not help whoever wrote the SQL.
+        print(f"sql: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True

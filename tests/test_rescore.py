@@ -1,0 +1,198 @@
+"""The stream, on real Spark and Delta with an engine that needs no model; the real engine has its own tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from jobs import rescore as job
+from jobs.rescore import Scoring, rescore
+from schemas import delta, tables
+from tests.engines import load_fake, logprobs
+from tests.models import PROMPT, tiny_tokenizer
+from udfs.engine import EngineSettings
+from udfs.model import Model
+from udfs.prompt import Renderer, load
+
+PRODUCTS = [
+    ("k1", "Steel kettle 1.7 l", {"material": "steel"}, "Boils water for four cups of tea in three minutes. " * 4),
+    ("k2", "Plastic kettle", {"material": "plastic"}, "The lid opens wide."),
+    ("t1", "Blue towel", {"colour": "blue", "size": "70x140"}, None),
+]
+QUERIES = ["kettle not plastic", "blue towel", "cheap kettle", "gift for a newborn"]
+
+
+def scoring(max_model_len: int = 512, **prompt: Any) -> Scoring:
+    tokenizer = tiny_tokenizer()
+    model = Model("/nowhere", "0123456789abcdef", "ff", "Fake", 512, 2048, tokenizer, None, None)
+    settings = EngineSettings(model="/nowhere", max_model_len=max_model_len)
+    return Scoring(model, "external", load({**PROMPT, **prompt}, tokenizer, 512), settings, load_fake)
+
+
+def put(spark: SparkSession, root: str, products: list[Any], queries: list[str] = QUERIES) -> None:
+    """Every query with every product into `pairs`, as ingest does."""
+    delta.prepare(spark, root)
+    schema = "product_id STRING, title STRING, attributes MAP<STRING,STRING>, description STRING"
+    rows = (
+        spark.createDataFrame(products, schema)
+        .crossJoin(spark.createDataFrame([(q,) for q in queries], "query STRING"))
+        .withColumns({"locale": F.lit("en"), "brand": F.lit("Hearthline"), "category": F.lit("Kitchen")})
+    )
+    text = [F.col(c) for c in ("title", "brand", "description", "attributes", "category")]
+    rows = rows.withColumns(
+        {
+            "pair_id": tables.pair_id(F.col("locale"), F.col("query"), F.col("product_id")),
+            "weight": F.lit(None).cast("double"),
+            "content_hash": tables.content_hash(tables.product_hash(*text), F.col("locale"), F.col("query")),
+            "updated_at": F.current_timestamp(),
+        }
+    ).localCheckpoint()
+    delta.upsert(spark, root, "pairs", rows, "old.content_hash <> new.content_hash")
+
+
+def probs(spark: SparkSession, root: str) -> DataFrame:
+    return delta.read(spark, root, "label_probs")
+
+
+def test_every_pair_gets_the_probabilities_of_its_own_prompt(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    what = scoring()
+    run = rescore(spark, root, what)
+    render = Renderer(what.prompt)
+    rows = {(r["product_id"], r["query"]): r for r in probs(spark, root).collect()}
+    assert len(rows) == 12
+    for product_id, title, attributes, description in PRODUCTS:
+        product = render.product(title, "Hearthline", "Kitchen", attributes, description)
+        for query in QUERIES:
+            ids = render.join(product, render.query(query))
+            expected = [2.718281828459045**x / 0.9 for x in logprobs(ids)]
+            row = rows[product_id, query]
+            got = [row[c] for c in ("p_excellent", "p_related", "p_mismatch", "p_irrelevant")]
+            assert got == pytest.approx(expected, abs=1e-9)
+            assert row["p_outside"] == pytest.approx(0.1)
+            assert (row["outcome"], row["prompt_tokens"]) == ("scored", len(ids))
+    assert run.counts == {"seen": 12, "skipped": 0, "scored": 12, "refused": 0}
+    assert run.status == "done"
+    assert run.engine_loads == 1
+
+
+def test_a_second_run_scores_nothing_and_loads_no_engine(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    rescore(spark, root, scoring())
+    version = delta.version(spark, root, "label_probs")
+    run = rescore(spark, root, scoring())
+    assert (run.counts.get("scored", 0), run.engine_loads) == (0, None)
+    assert delta.version(spark, root, "label_probs") == version
+
+
+def test_only_the_pairs_of_a_changed_product_are_scored_again(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    rescore(spark, root, scoring())
+    before = {r["pair_id"]: r["wave_id"] for r in probs(spark, root).collect()}
+    put(spark, root, [("k2", "Plastic kettle, red", *PRODUCTS[1][2:]), PRODUCTS[0]])
+    run = rescore(spark, root, scoring())
+    after = {r["pair_id"]: (r["wave_id"], r["product_id"]) for r in probs(spark, root).collect()}
+    assert {product for pair, (wave, product) in after.items() if wave != before[pair]} == {"k2"}
+    assert run.counts["scored"] == 4
+
+
+def test_a_lost_checkpoint_costs_no_tokens(spark: SparkSession, root: str) -> None:
+    import shutil
+
+    put(spark, root, PRODUCTS)
+    rescore(spark, root, scoring())
+    shutil.rmtree(Path(root) / "_checkpoints")
+    run = rescore(spark, root, scoring())
+    assert run.counts == {"seen": 12, "skipped": 12}
+
+
+def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(40)])
+    monkeypatch.setattr(job, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(job.prefix, "HOT_TOKENS", 1500)
+    merged = 0
+    upsert = delta.upsert
+
+    def third_wave_fails(session: SparkSession, where: str, name: str, *rest: Any) -> dict[str, int]:
+        nonlocal merged
+        if name == "label_probs":
+            merged += 1
+            if merged == 3:
+                raise OSError("disk full")
+        return upsert(session, where, name, *rest)
+
+    monkeypatch.setattr(delta, "upsert", third_wave_fails)
+    with pytest.raises(RuntimeError, match="disk full"):
+        rescore(spark, root, scoring())
+    monkeypatch.setattr(delta, "upsert", upsert)
+    kept = probs(spark, root).count()
+    assert 0 < kept < 160
+    failed = delta.read(spark, root, "runs").where("status = 'failed'").collect()
+    assert [(r["message"], r["waves"], r["counts"]["scored"]) for r in failed] == [("disk full", 2, kept)]
+    run = rescore(spark, root, scoring())
+    assert run.counts == {"seen": 160, "skipped": kept, "scored": 160 - kept, "refused": 0}
+    assert probs(spark, root).select("pair_id").distinct().count() == probs(spark, root).count() == 160
+    assert not list((Path(root) / "_scratch").glob("*"))
+
+
+def test_a_prompt_that_is_too_long_gets_a_row_without_probabilities(spark: SparkSession, root: str) -> None:
+    put(spark, root, [*PRODUCTS, ("long", "Kettle", {}, "xyzzy qwert " * 60)])
+    run = rescore(spark, root, scoring(max_model_len=150))
+    rows = probs(spark, root).where("product_id = 'long'").collect()
+    assert [(r["outcome"], r["p_excellent"], r["p_outside"]) for r in rows] == [("too_long", None, None)] * 4
+    assert all(r["tokens_cut"] > 0 for r in rows)
+    assert (run.counts["scored"], run.counts["refused"]) == (12, 4)
+
+
+def test_rows_of_removed_pairs_go_at_the_next_start_for_all_models(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    rescore(spark, root, scoring())
+    other = scoring(block=64)
+    assert other.prompt.prompt_id != scoring().prompt.prompt_id
+    rescore(spark, root, other)
+    assert probs(spark, root).count() == 24
+    gone = delta.read(spark, root, "pairs").where("product_id = 't1'").localCheckpoint()
+    delta.delete(spark, root, "pairs", gone, ("pair_id",))
+    rescore(spark, root, scoring())
+    assert probs(spark, root).groupBy("prompt_id").count().select("count").collect() == [(8,), (8,)]
+
+
+def test_a_model_trained_with_another_prompt_is_refused(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    what = scoring()
+    row = (what.model.model_id, "/m", None, "sft", "another-prompt", "ff", None, {}, None)
+    rows = delta.rows(spark, "models", [row]).withColumn("created_at", F.current_timestamp())
+    delta.upsert(spark, root, "models", rows)
+    with pytest.raises(ValueError, match="was trained with prompt another-prompt"):
+        rescore(spark, root, what)
+    assert probs(spark, root).isEmpty()
+
+
+def test_an_engine_that_disagrees_with_itself_writes_nothing(spark: SparkSession, root: str) -> None:
+    from tests.engines import load_drifting
+
+    put(spark, root, PRODUCTS)
+    what = scoring()
+    bad = Scoring(what.model, what.stage, what.prompt, EngineSettings(model="/drifting"), load_drifting)
+    with pytest.raises(RuntimeError, match="does not agree with itself"):
+        rescore(spark, root, bad)
+    assert probs(spark, root).isEmpty()
+    assert delta.read(spark, root, "models").isEmpty()
+
+
+def test_canaries_that_are_off_stop_the_run(spark: SparkSession, root: str, tmp_path: Path) -> None:
+    put(spark, root, PRODUCTS)
+    what = scoring()
+    file = tmp_path / "canaries.json"
+    file.write_text(json.dumps([{"query": "kettle", "title": "Steel kettle", "p": [0.97, 0.01, 0.01, 0.01]}]))
+    model = Model("/nowhere", "0123456789abcdef", "ff", "Fake", 512, 2048, what.model.tokenizer_json, None, str(file))
+    with pytest.raises(RuntimeError, match=r"does not agree with its canaries\.json"):
+        rescore(spark, root, Scoring(model, "external", what.prompt, what.settings, load_fake))
+    assert probs(spark, root).isEmpty()

@@ -1,0 +1,266 @@
+"""The engine: vLLM, loaded once per worker process, fed with token ids, asked for the log-probabilities of four tokens.
+
+This is the only file that imports vllm. The engine runs inside the Spark worker's own process, not in a child: when the
+worker dies the engine is gone with it, and when the engine dies so does the worker, so a task that Spark tries again
+always meets a fresh one. (vLLM's usual child process outlives a killed parent and keeps its memory; and a killed child
+leaves the caller waiting for ever.) Against a hang, `Watchdog` ends the process from a thread of C code that needs
+neither Python's lock nor a living engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import hashlib
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+# Ends the worker when the engine is broken beyond repair; Spark then starts a new worker for the retry.
+BROKEN_ENGINE_EXIT = 70
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """All that is fixed when an engine is loaded. Equal settings mean one and the same engine.
+
+    dtype: number type of the weights and activations ("auto": the model's own, "bfloat16", "float32").
+    fp32_head: project onto the vocabulary in float32; bf16 logits alone are steps of 0.06 to 0.25 nat wide.
+    max_model_len: longest prompt plus one answer token, in tokens. block_size: tokens in a KV block; 32 is the least
+    that gives prefix hits on CPU. kv_cache_gib: KV cache on CPU. gpu_memory: share of a GPU's memory on CUDA.
+    max_num_seqs, max_num_batched_tokens: pairs and tokens in one step of the engine.
+    tensor_parallel: GPUs that hold one copy of the model. hang_seconds: no pair finished for so long is a hang.
+    """
+
+    model: str
+    dtype: str = "auto"
+    fp32_head: bool = True
+    max_model_len: int = 2048
+    block_size: int = 32
+    kv_cache_gib: float = 1.0
+    gpu_memory: float = 0.9
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+    tensor_parallel: int = 1
+    hang_seconds: int = 300
+    seed: int = 0
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits over all settings but the model's folder, for `runs`."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "model"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Answer(NamedTuple):
+    """What the engine said about prompt number `index`.
+
+    logprobs: natural logarithms of the full-vocabulary probabilities of the four label ids, in the order they were
+    asked for. cached: prompt tokens that came from the prefix cache.
+    """
+
+    index: int
+    logprobs: tuple[float, ...]
+    cached: int
+
+
+class Engine(Protocol):
+    """What scoring needs of an engine; the tests of Spark and Delta bring one that needs no model."""
+
+    id: str
+    version: str
+    dtype: str
+    max_model_len: int
+    busy_seconds: float
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        """Answers in any order; `None` among the prompts means that none is ready at this moment."""
+
+    def forget(self) -> None:
+        """Empties the prefix cache."""
+
+
+class Watchdog:
+    """Ends this process when nothing has moved for `seconds`: pet it at each sign of progress.
+
+    The clock is faulthandler's own C thread: it fires while Python is stuck in a kernel or holds its lock, prints
+    where every thread stood, and exits at once. A slow engine that moves keeps resetting it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> Watchdog:
+        self.pet()
+        return self
+
+    def pet(self) -> None:
+        """Something moved."""
+        # In a Spark worker sys.stderr is the executor's log.
+        faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class VllmEngine:
+    """One vLLM engine in this process. Loading takes 10 to 60 s on CPU, minutes for a large model on GPUs."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        started = time.monotonic()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # see the first lines of this file
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing calls home
+        os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_gib
+        import vllm
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        on_cpu = current_platform.is_cpu()
+        device: dict[str, Any] = (
+            {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
+            if on_cpu
+            else {"gpu_memory_utilization": settings.gpu_memory}
+        )
+        arguments = EngineArgs(
+            model=settings.model,
+            skip_tokenizer_init=True,  # it is fed with ids only; the tokenizer is the prompt's business
+            trust_remote_code=False,
+            load_format="safetensors",  # "auto" would fall back to pickle files
+            dtype=settings.dtype,  # type: ignore[arg-type]
+            hf_overrides={"head_dtype": "float32"} if settings.fp32_head else {},
+            max_model_len=settings.max_model_len,
+            block_size=settings.block_size,  # type: ignore[arg-type]
+            enable_prefix_caching=True,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            tensor_parallel_size=settings.tensor_parallel,
+            disable_log_stats=True,
+            seed=settings.seed,
+            **device,
+        )
+        with Watchdog(max(settings.hang_seconds, 900)):  # a large model may take minutes to load
+            self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+        self.settings = settings
+        self.id = uuid.uuid4().hex
+        self.version = f"vllm {vllm.__version__} {'cpu' if on_cpu else current_platform.get_device_name()}"
+        self.dtype = str(self._engine.model_config.dtype).removeprefix("torch.")
+        self.max_model_len = int(self._engine.model_config.max_model_len)
+        self.busy_seconds = 0.0
+        self.load_seconds = time.monotonic() - started
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        """Streams prompts (token ids) through the engine; yields one Answer a prompt, in the order they finish.
+
+        At most `ahead` prompts (default: two steps' worth) are inside the engine, so neither side holds a partition.
+        Time spent here between asking for prompts and yielding answers adds to `busy_seconds`. An error of the engine
+        ends this worker process: the engine's state is lost, and the retry must not meet it.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=list(label_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        ahead = ahead or 2 * self.settings.max_num_seqs
+        engine, exhausted, index, inside = self._engine, False, 0, 0
+        # The watch runs only while there is work inside: waiting for prompts is Spark's time, not the engine's.
+        try:
+            while inside or not exhausted:
+                while not exhausted and inside < ahead:
+                    try:
+                        prompt = next(prompts)
+                    except StopIteration:
+                        exhausted = True
+                        break
+                    if prompt is None:
+                        break
+                    started = time.monotonic()
+                    with _broken_engine_ends_the_process():
+                        engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, parameters)
+                    self.busy_seconds += time.monotonic() - started
+                    index += 1
+                    inside += 1
+                if not inside:
+                    continue
+                started = time.monotonic()
+                with Watchdog(self.settings.hang_seconds) as watchdog, _broken_engine_ends_the_process():
+                    outputs: list[Any] = []
+                    while not outputs:  # a long prompt takes several steps
+                        outputs = engine.step()
+                    watchdog.pet()
+                self.busy_seconds += time.monotonic() - started
+                inside -= len(outputs)
+                for output in outputs:
+                    by_id = output.outputs[0].logprobs[0]
+                    logprobs = tuple(by_id[i].logprob for i in label_ids)
+                    yield Answer(int(output.request_id.split("-")[0]), logprobs, output.num_cached_tokens or 0)
+        finally:
+            if inside:  # the consumer stopped early: leave no request behind for the next task
+                engine.abort_request([str(i) for i in range(index)])
+
+    def forget(self) -> None:
+        """Empties the prefix cache, so that the next answers are computed from nothing."""
+        self._engine.reset_prefix_cache()
+
+
+class _broken_engine_ends_the_process:  # noqa: N801 (reads as a sentence where it is used)
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, GeneratorExit | KeyboardInterrupt):
+            return
+        import traceback
+
+        traceback.print_exception(error)
+        print(f"the engine is broken ({kind.__name__ if kind else ''}: {error}); this worker ends", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(BROKEN_ENGINE_EXIT)
+
+
+_loaded: dict[EngineSettings, VllmEngine] = {}
+
+
+def load(settings: EngineSettings) -> Engine:
+    """The engine of this worker process: loaded at the first call, the same one at every later call.
+
+    Other settings than the last call's end the process's engine first; two do not fit beside each other.
+    """
+    if settings not in _loaded:
+        if _loaded:
+            raise RuntimeError("this worker holds an engine with other settings; it must end before a new one loads")
+        claim_gpus()
+        _loaded[settings] = VllmEngine(settings)
+    return _loaded[settings]
+
+
+def claim_gpus() -> list[str]:
+    """Shows this process only the GPUs that Spark gave to its task, and returns their addresses.
+
+    Spark does not set CUDA_VISIBLE_DEVICES by itself. Must run before vllm or torch is imported.
+    """
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    gpus = context.resources().get("gpu") if context else None
+    addresses = list(gpus.addresses) if gpus else []
+    if addresses:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(addresses)
+    return addresses

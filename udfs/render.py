@@ -1,0 +1,83 @@
+"""Pairs to prompts, as a DataFrame step: each distinct product and each distinct query is tokenised once.
+
+A prompt is a product part and a query part (see `udfs.prompt`), each a pure function of its own text. So the two are
+tokenised apart, on as many cores as Spark has, and joined as token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from schemas import tables
+from udfs.prompt import Part, Prompt, Renderer
+
+PRODUCT_TEXT = ("title", "brand", "description", "attributes", "category")
+_PARTS = pa.struct([("ids", pa.list_(pa.int32())), ("cut", pa.int32())])
+
+
+def rendered(pairs: DataFrame, prompt: Prompt) -> DataFrame:
+    """Rows of `pairs` as prompts.
+
+    Returns pair_id, query, product_id, locale, content_hash, and: ids ARRAY<INT>, the prompt's token ids;
+    group_tokens INT, the length of its first part; tokens_cut INT, tokens of text that budgets and block cut left out.
+    """
+    keyed = pairs.withColumn("product_key", tables.product_hash(*(F.col(c) for c in PRODUCT_TEXT)))
+    products = (
+        keyed.select("product_key", *PRODUCT_TEXT)
+        .dropDuplicates(["product_key"])
+        .mapInArrow(_tokenise(prompt, _product), "product_key STRING, product STRUCT<ids: ARRAY<INT>, cut: INT>")
+    )
+    queries = (
+        keyed.select("query")
+        .distinct()
+        .mapInArrow(_tokenise(prompt, _query), "query STRING, asked STRUCT<ids: ARRAY<INT>, cut: INT>")
+    )
+    first, second = ("product", "asked") if prompt.first == "product" else ("asked", "product")
+    return (
+        keyed.join(products, "product_key", how="inner")
+        .join(queries, "query", how="inner")
+        .select(
+            "pair_id",
+            "query",
+            "product_id",
+            "locale",
+            "content_hash",
+            F.concat(f"{first}.ids", f"{second}.ids").alias("ids"),
+            F.size(f"{first}.ids").alias("group_tokens"),
+            (F.col("product.cut") + F.col("asked.cut")).alias("tokens_cut"),
+        )
+    )
+
+
+def _product(renderer: Renderer, row: dict[str, object]) -> Part:
+    attributes = row["attributes"]
+    return renderer.product(
+        title=row["title"],
+        brand=row["brand"],
+        category=row["category"],
+        attributes=None if attributes is None else dict(attributes),  # type: ignore[call-overload]
+        description=row["description"],
+    )
+
+
+def _query(renderer: Renderer, row: dict[str, object]) -> Part:
+    return renderer.query(row["query"])
+
+
+def _tokenise(
+    prompt: Prompt, part: Callable[[Renderer, dict[str, object]], Part]
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Keeps the first column (the key) and puts the part's ids and cut beside it."""
+
+    def tokenise(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        compiled = Renderer(prompt)
+        for batch in batches:
+            parts = [part(compiled, row) for row in batch.to_pylist()]
+            tokenised = pa.array([{"ids": p.ids, "cut": p.cut} for p in parts], type=_PARTS)
+            yield pa.RecordBatch.from_arrays([batch.column(0), tokenised], names=[batch.schema.names[0], "part"])
+
+    return tokenise

@@ -1,0 +1,101 @@
+"""Does this engine agree with itself on this model? Asked once, before a model's first row is written.
+
+A prefix cache that mixes blocks up, or a kernel that depends on its batch, gives plausible numbers that are wrong. So
+the same prompts are scored batched from an empty cache, batched again from a full one, and one by one uncached; the
+largest difference must stay within the noise of the number type. A model folder may also bring `canaries.json`, pairs
+with the probabilities its maker measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from schemas.labels import LABELS
+from udfs.decode import label_probs
+from udfs.engine import Engine, EngineSettings, load
+
+# Largest |Δp| between two ways of computing the same prompt that counts as noise, by number type. float32 stays below
+# 1e-5 on the demo model; bf16 moves logits by a few hundredths of a nat, so a probability by up to a few hundredths.
+NOISE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
+
+SCHEMA = "self_check_dp DOUBLE, canaries_dp DOUBLE, tokens_per_second DOUBLE, dtype STRING, engine_version STRING"
+
+
+def probabilities(engine: Engine, prompts: Sequence[Sequence[int]], label_ids: Sequence[int], ahead: int | None = None) -> list[list[float]]:
+    """p of labels 4, 3, 2, 1 for each prompt, in the order of the prompts; NaN where there is none."""
+    found: dict[int, list[float]] = {}
+    for index, logprobs, _ in engine.answers(iter(prompts), label_ids, ahead):
+        p = label_probs(logprobs).p
+        found[index] = list(p) if p else [float("nan")] * len(LABELS)
+    return [found[i] for i in range(len(prompts))]
+
+
+def largest_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
+    """max |Δp| over all rows and labels; infinity where a number is missing on either side."""
+    pairs = [(x, y) for row_a, row_b in zip(a, b, strict=True) for x, y in zip(row_a, row_b, strict=True)]
+    if any(x != x or y != y for x, y in pairs):
+        return float("inf")
+    return max((abs(x - y) for x, y in pairs), default=0.0)
+
+
+def check_engine(engine: Engine, prompts: Sequence[Sequence[int]], label_ids: Sequence[int]) -> float:
+    """Largest |Δp| between batched from nothing, batched from the cache, and one by one from nothing."""
+    engine.forget()
+    batched = probabilities(engine, prompts, label_ids)
+    cached = probabilities(engine, prompts, label_ids)
+    single = []
+    for prompt in prompts:
+        engine.forget()
+        single += probabilities(engine, [prompt], label_ids, ahead=1)
+    return max(largest_difference(batched, cached), largest_difference(batched, single))
+
+
+def checker(
+    settings: EngineSettings,
+    label_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    canaries: Sequence[tuple[Sequence[int], Sequence[float]]],
+    load_engine: Callable[[EngineSettings], Engine] = load,
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """The check as a function for `mapInArrow` on a one-row DataFrame; returns one row of `SCHEMA`.
+
+    `canaries`: prompts with the p of labels 4, 3, 2, 1 that are expected; their difference is null without any.
+    """
+
+    def check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            if not batch.num_rows:
+                continue
+            engine = load_engine(settings)
+            engine.forget()
+            probabilities(engine, prompts, label_ids)  # the first steps compile kernels
+            busy = engine.busy_seconds
+            difference = check_engine(engine, prompts, label_ids)
+            tokens = sum(len(p) for p in prompts)
+            row: dict[str, Any] = {
+                "self_check_dp": difference,
+                "canaries_dp": largest_difference(
+                    probabilities(engine, [ids for ids, _ in canaries], label_ids), [list(p) for _, p in canaries]
+                )
+                if canaries
+                else None,
+                # Prompts were computed one by one in two of three passes, so this is a low guess: waves start small.
+                "tokens_per_second": 2 * tokens / max(1e-6, engine.busy_seconds - busy),
+                "dtype": engine.dtype,
+                "engine_version": engine.version,
+            }
+            engine.forget()
+            yield pa.RecordBatch.from_pylist([row], schema=_SCHEMA)
+
+    return check
+
+
+_SCHEMA = pa.schema(
+    [
+        *[pa.field(name, pa.float64()) for name in ("self_check_dp", "canaries_dp", "tokens_per_second")],
+        *[pa.field(name, pa.string()) for name in ("dtype", "engine_version")],
+    ]
+)
