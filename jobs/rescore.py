@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pyspark.errors import StreamingQueryException
 from pyspark.resource import ResourceProfile
@@ -32,7 +33,7 @@ from udfs.engine import Engine, EngineSettings, load
 from udfs.model import Model, inspect
 from udfs.prompt import Prompt, Renderer
 from udfs.prompt import load as load_prompt
-from udfs.render import PRODUCT_TEXT, rendered
+from udfs.render import product_text, rendered
 from udfs.score import scored_schema, scorer
 
 WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
@@ -190,7 +191,8 @@ class Night:
     def forget_removed_pairs(self) -> None:
         """Removes label_probs rows, of all models, whose pair is gone."""
         pairs = delta.read(self.spark, self.root, "pairs").select("pair_id")
-        orphans = delta.read(self.spark, self.root, "label_probs").select("pair_id").join(pairs, "pair_id", how="left_anti")
+        judged = delta.read(self.spark, self.root, "label_probs").select("pair_id")
+        orphans = judged.join(pairs, "pair_id", how="left_anti")
         if not orphans.isEmpty():
             gone = delta.delete(self.spark, self.root, "label_probs", orphans, ("pair_id",))
             self._count(removed=gone)
@@ -248,7 +250,8 @@ class Night:
         if name in metrics:
             self._rate = metrics.get("tokens_per_second", 0.0)
             return
-        sample = [list(r["ids"]) for r in line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS).collect()]
+        fitting = line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS)
+        sample = [list(r["ids"]) for r in fitting.collect()]
         check = selfcheck.checker(
             what.settings, what.prompt.label_ids, sample, canaries(what.model, what.prompt), what.load_engine
         )
@@ -328,12 +331,14 @@ class Night:
         delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
         return int(figures["rows"])
 
-    def _figures(self, scored: DataFrame) -> dict[str, object]:
+    def _figures(self, scored: DataFrame) -> dict[str, Any]:
         row = scored.agg(
             F.count("*").alias("rows"),
             F.count_if(F.col("outcome") == "scored").alias("scored"),
             F.sum("p_outside").alias("outside"),
-            F.sum(F.when(F.col("outcome") == "scored", F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
+            F.sum(F.when(F.col("outcome") == "scored", F.col("prompt_tokens") - F.col("cached_tokens"))).alias(
+                "computed"
+            ),
             F.sum("tokens_cut").alias("cut"),
             F.sum("engine_seconds").alias("seconds"),
             F.collect_set("engine_id").alias("engines"),
@@ -342,14 +347,14 @@ class Night:
         ).collect()[0]
         return row.asDict()
 
-    def _tally(self, figures: dict[str, object]) -> None:
+    def _tally(self, figures: dict[str, Any]) -> None:
         """Adds a merged wave to the run's row, and writes it: a killed run shows how far it came."""
-        rows, scored = int(figures["rows"]), int(figures["scored"])  # type: ignore[call-overload]
+        rows, scored = int(figures["rows"]), int(figures["scored"])
         self._count(scored=scored, refused=rows - scored)
-        computed, seconds = int(figures["computed"] or 0), float(figures["seconds"])  # type: ignore[call-overload,arg-type]
-        self._add(computed_tokens=computed, tokens_cut=int(figures["cut"]), waves=1)  # type: ignore[call-overload]
-        self._engines |= set(figures["engines"])  # type: ignore[call-overload]
-        self._outside += float(figures["outside"] or 0.0)  # type: ignore[arg-type]
+        computed, seconds = int(figures["computed"] or 0), float(figures["seconds"])
+        self._add(computed_tokens=computed, tokens_cut=int(figures["cut"]), waves=1)
+        self._engines |= set(figures["engines"])
+        self._outside += float(figures["outside"] or 0.0)
         if computed and seconds:
             self._rate = computed / seconds
         all_scored = self.run.counts["scored"]
@@ -369,7 +374,8 @@ class Night:
         self.run = replace(self.run, counts=counts)
 
     def _add(self, **more: int) -> None:
-        self.run = replace(self.run, **{k: (getattr(self.run, k) or 0) + v for k, v in more.items()})
+        sums: dict[str, Any] = {name: (getattr(self.run, name) or 0) + value for name, value in more.items()}
+        self.run = replace(self.run, **sums)
 
     def _profile(self) -> ResourceProfile | None:
         return engines.profile(self.spark, self.what.settings.tensor_parallel)
@@ -394,7 +400,7 @@ def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]
     expected = []
     for canary in json.loads(Path(model.canaries_file).read_text(encoding="utf-8")):
         try:
-            product = render.product(**{name: canary.get(name) for name in PRODUCT_TEXT})
+            product = render.product(**product_text(canary))
             p = [float(x) for x in canary["p"]]
             expected.append((render.join(product, render.query(canary["query"])), p))
         except (KeyError, TypeError, AttributeError) as error:

@@ -26,7 +26,9 @@ def main(argv: list[str]) -> int:
     spark = delta.session("sql")
     there = delta.register(spark, args.tables)
     if not there:
-        raise ValueError(f"there are no tables under {args.tables!r}; make them: ingest --tables {args.tables} --pairs FILE")
+        raise ValueError(
+            f"there are no tables under {args.tables!r}; make them: ingest --tables {args.tables} --pairs FILE"
+        )
     if args.statement is not None:
         return 0 if _ask(spark, args.statement, args.rows, args.width) else 2
     print(f"tables: {', '.join(there)}")

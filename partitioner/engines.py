@@ -17,7 +17,7 @@ _GPUS = "spark.executor.resource.gpu.amount"
 
 def is_local(spark: SparkSession) -> bool:
     """Whether driver and executor are one process on this machine."""
-    return spark.sparkContext.master.startswith("local")
+    return str(spark.sparkContext.master).startswith("local")
 
 
 def gpus_per_executor(spark: SparkSession) -> int:

@@ -1,8 +1,8 @@
 """The tables: columns with their comments, keys, constraints, and how the two hashes of a pair are made.
 
-The rules live in Delta itself (NOT NULL and CHECK), not only in code, so that no writer can break them, and every column
-carries its comment, so that `DESCRIBE TABLE` is the documentation. Readers come first: whatever would make a table
-unreadable for delta-rs, DuckDB or Polars is set off in its properties.
+The rules live in Delta itself (NOT NULL and CHECK), not only in code, so that no writer can break them, and every
+column carries its comment, so that `DESCRIBE TABLE` is the documentation. Readers come first: whatever would make a
+table unreadable for delta-rs, DuckDB or Polars is set off in its properties.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tiny model of Qwen3's architecture with random weights, as an ordinary model folder: real, and scored in a blink."""
+"""A tiny model of Qwen3's architecture with random weights, as an ordinary model folder: real, and quick."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def tiny_model(folder: Path, seed: int = 0) -> Path:
         initializer_range=0.2,
         dtype="float32",
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model: Any = Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tiny_tokenizer(), encoding="utf-8")
     (folder / "prompt.json").write_text(json.dumps(PROMPT), encoding="utf-8")
     return folder

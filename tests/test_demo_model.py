@@ -7,6 +7,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_a_conversion_that_dies_leaves_no_model_and_the_next_run_starts_again(
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(model, "WEIGHTS_SHA256", "0" * 64)
-        with pytest.raises(ValueError, match="wanted 0000.*make clean"):
+        with pytest.raises(ValueError, match=r"wanted 0000.*make clean"):
             model.demo_model(tmp_path)
     assert not (tmp_path / "demo-model").exists()
     assert model.demo_model(tmp_path).is_dir()
@@ -76,7 +77,7 @@ def test_the_prompt_beside_the_weights_is_the_newest_one(
 ) -> None:
     package = tmp_path / "package"
     package.mkdir()
-    monkeypatch.setattr(model.importlib.resources, "files", lambda name: package)
+    monkeypatch.setattr("importlib.resources.files", lambda name: package)
     beside = model.demo_model(tmp_path) / "prompt.json"
     assert not beside.exists()
     for text in ('{"a": 1}', '{"a": 2}'):
@@ -110,5 +111,6 @@ def test_the_model_speaks_english_and_its_tokenizer_knows_turns_and_single_digit
 
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     asked = tokenizer(question, return_tensors="pt")
-    answer = AutoModelForCausalLM.from_pretrained(folder).generate(**asked, max_new_tokens=12, do_sample=False)
+    language_model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    answer = language_model.generate(**asked, max_new_tokens=12, do_sample=False)
     assert "The capital of France is Paris." in tokenizer.decode(answer[0])

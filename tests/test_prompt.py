@@ -316,12 +316,13 @@ def test_the_golden_prompt_of_the_byte_tokenizer() -> None:
 
 
 def test_an_operator_may_put_the_query_first() -> None:
-    prompt = small([{"text": "Judge "}, segment("query", "Q:"), {"text": ";"}, segment("title", "T:"), {"text": TAIL}])
+    fields = [segment("query", "Q:"), {"text": ";"}, segment("title", "T:"), segment("description", "D:")]
+    prompt = small([{"text": "Judge "}, *fields, {"text": TAIL}])
     made = renderer(prompt)
     assert prompt.first == "query"
-    product, asked = made.product("t" * 100), made.query("q" * 100)
+    product, asked = made.product("t" * 100, description="d" * 50), made.query("q" * 100)
     assert asked.ids == ids("Judge Q:" + "q" * 100 + ";")
-    assert product == Part(ids("T:" + "t" * 100 + TAIL), 0)
+    assert product == Part(ids("T:" + "t" * 100 + "D:" + "d" * 50 + TAIL), 0)  # a boundary inside is of no use
     assert made.join(product, asked) == asked.ids + product.ids
 
 
@@ -423,6 +424,12 @@ def test_a_prompt_file_is_read_from_disk_and_its_layout_does_not_count(tmp_path:
     file = tmp_path / "prompt.json"
     file.write_text(json.dumps(template(TAIL), indent=3, sort_keys=True))
     assert load(file, BYTES, 300) == load(template(TAIL), BYTES, 300)
+
+
+def test_the_demo_prompt_is_a_good_one() -> None:
+    prompt = load(Path(__file__).parent.parent / "demo" / "prompt.json", BYTES, 300)
+    assert prompt.first == "product"
+    assert {s.field for s in (*prompt.product, *prompt.query)} == {"", *FIELDS}
 
 
 def test_labels_may_be_special_tokens_of_the_model() -> None:

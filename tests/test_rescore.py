@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 
 from jobs import rescore as job
 from jobs.rescore import Scoring, rescore
+from partitioner import prefix
 from schemas import delta, tables
 from tests.engines import load_fake, logprobs
 from tests.models import PROMPT, tiny_tokenizer
@@ -116,7 +117,7 @@ def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
 ) -> None:
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(40)])
     monkeypatch.setattr(job, "WAVE_SECONDS", 0.0)
-    monkeypatch.setattr(job.prefix, "HOT_TOKENS", 1500)
+    monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
     merged = 0
     upsert = delta.upsert
 
@@ -167,7 +168,7 @@ def test_rows_of_removed_pairs_go_at_the_next_start_for_all_models(spark: SparkS
 def test_a_model_trained_with_another_prompt_is_refused(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
     what = scoring()
-    row = (what.model.model_id, "/m", None, "sft", "another-prompt", "ff", None, {}, None)
+    row: tuple[Any, ...] = (what.model.model_id, "/m", None, "sft", "another-prompt", "ff", None, {}, None)
     rows = delta.rows(spark, "models", [row]).withColumn("created_at", F.current_timestamp())
     delta.upsert(spark, root, "models", rows)
     with pytest.raises(ValueError, match="was trained with prompt another-prompt"):

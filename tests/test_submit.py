@@ -57,8 +57,8 @@ def checkout(tmp_path: Path) -> Path:
         (copy / room).mkdir(parents=True)
         for file in (REPO / room).glob("*.py"):
             shutil.copy(file, copy / room)
-    for file in ("spark-submit.sh", "log4j2.properties", "demo/prompt.json"):
-        shutil.copy(REPO / file, copy / file)
+    for name in ("spark-submit.sh", "log4j2.properties", "demo/prompt.json"):
+        shutil.copy(REPO / name, copy / name)
     (copy / "jobs" / "echo.py").write_text(ECHO)
     (copy / "jobs" / "probe.py").write_text(PROBE)
     return copy

@@ -17,9 +17,9 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 # Ends the worker when the engine is broken beyond repair; Spark then starts a new worker for the retry.
 BROKEN_ENGINE_EXIT = 70
@@ -57,7 +57,8 @@ class EngineSettings:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Answer:
     """What the engine said about prompt number `index`.
 
     logprobs: natural logarithms of the full-vocabulary probabilities of the four label ids, in the order they were
@@ -140,7 +141,7 @@ class VllmEngine:
             dtype=settings.dtype,  # type: ignore[arg-type]
             hf_overrides={"head_dtype": "float32"} if settings.fp32_head else {},
             max_model_len=settings.max_model_len,
-            block_size=settings.block_size,  # type: ignore[arg-type]
+            block_size=settings.block_size,
             enable_prefix_caching=True,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -221,7 +222,7 @@ class VllmEngine:
         self._engine.reset_prefix_cache()
 
 
-class _broken_engine_ends_the_process:  # noqa: N801 (reads as a sentence where it is used)
+class _broken_engine_ends_the_process:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

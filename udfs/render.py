@@ -6,7 +6,8 @@ tokenised apart, on as many cores as Spark has, and joined as token ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import DataFrame
@@ -53,18 +54,16 @@ def rendered(pairs: DataFrame, prompt: Prompt) -> DataFrame:
     )
 
 
-def _product(renderer: Renderer, row: dict[str, object]) -> Part:
-    attributes = row["attributes"]
-    return renderer.product(
-        title=row["title"],
-        brand=row["brand"],
-        category=row["category"],
-        attributes=None if attributes is None else dict(attributes),  # type: ignore[call-overload]
-        description=row["description"],
-    )
+def product_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The product's text in a row, by the names that `Renderer.product` takes; what the row lacks is None."""
+    return {name: row.get(name) for name in PRODUCT_TEXT}
 
 
-def _query(renderer: Renderer, row: dict[str, object]) -> Part:
+def _product(renderer: Renderer, row: dict[str, Any]) -> Part:
+    return renderer.product(**product_text(row))
+
+
+def _query(renderer: Renderer, row: dict[str, Any]) -> Part:
     return renderer.query(row["query"])
 
 

@@ -14,7 +14,6 @@ import pyarrow as pa
 from pyspark.sql.types import (
     DoubleType,
     IntegerType,
-    LongType,
     StringType,
     StructField,
     StructType,
@@ -97,9 +96,9 @@ def score_batches(engine: Engine, batches: Iterable[pa.RecordBatch], label_ids: 
                 yield ids
 
     busy = engine.busy_seconds
-    for index, logprobs, cached in engine.answers(prompts(), label_ids):
-        number, row = where.pop(index)
-        waiting[number].answer(row, label_probs(logprobs), cached)
+    for answer in engine.answers(prompts(), label_ids):
+        number, row = where.pop(answer.index)
+        waiting[number].answer(row, label_probs(answer.logprobs), answer.cached)
         for done in [n for n, b in waiting.items() if not b.missing]:
             yield waiting.pop(done).result(engine, engine.busy_seconds - busy)
             busy = engine.busy_seconds
@@ -176,7 +175,7 @@ def _read_ahead(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch | 
                         continue
                 if stopped.is_set():
                     return
-        except BaseException as error:  # carried over to the thread that scores  # noqa: BLE001
+        except BaseException as error:  # carried over to the thread that scores
             last = error
         while not stopped.is_set():
             try:

@@ -24,12 +24,14 @@ NOISE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 SCHEMA = "self_check_dp DOUBLE, canaries_dp DOUBLE, tokens_per_second DOUBLE, dtype STRING, engine_version STRING"
 
 
-def probabilities(engine: Engine, prompts: Sequence[Sequence[int]], label_ids: Sequence[int], ahead: int | None = None) -> list[list[float]]:
+def probabilities(
+    engine: Engine, prompts: Sequence[Sequence[int]], label_ids: Sequence[int], ahead: int | None = None
+) -> list[list[float]]:
     """p of labels 4, 3, 2, 1 for each prompt, in the order of the prompts; NaN where there is none."""
     found: dict[int, list[float]] = {}
-    for index, logprobs, _ in engine.answers(iter(prompts), label_ids, ahead):
-        p = label_probs(logprobs).p
-        found[index] = list(p) if p else [float("nan")] * len(LABELS)
+    for answer in engine.answers(iter(prompts), label_ids, ahead):
+        p = label_probs(answer.logprobs).p
+        found[answer.index] = list(p) if p else [float("nan")] * len(LABELS)
     return [found[i] for i in range(len(prompts))]
 
 
