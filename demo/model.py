@@ -106,7 +106,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # GGUF names the pre-tokenizer ("smollm") but does not carry it, and transformers falls back to GPT-2's. SmolLM2 was
-    # trained with every digit a token of its own; without this step 2024 would be one token the model never saw.
+    # trained with digits cut off first: without that, white space before a digit becomes other tokens than it saw.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -32,7 +32,7 @@ def count(spark: SparkSession, tensor_parallel: int) -> int:
     """
     if is_local(spark):
         return 1
-    executors = max(1, len(spark.sparkContext._jsc.sc().statusTracker().getExecutorInfos()) - 1)
+    executors = max(1, len(_cores(spark)))
     gpus = gpus_per_executor(spark)
     if gpus and gpus < tensor_parallel:
         raise ValueError(
@@ -50,8 +50,15 @@ def profile(spark: SparkSession, tensor_parallel: int) -> ResourceProfile | None
     if gpus_per_executor(spark):
         requests = requests.cpus(1).resource("gpu", tensor_parallel)
     else:
-        requests = requests.cpus(int(spark.sparkContext.getConf().get("spark.executor.cores", "1") or 1))
+        requests = requests.cpus(max(_cores(spark), default=1))
     return ResourceProfileBuilder().require(requests).build
+
+
+def _cores(spark: SparkSession) -> list[int]:
+    """Cores of each living executor; they need not stand in the configuration (standalone gives all there are)."""
+    executors = spark.sparkContext._jsc.sc().statusStore().executorList(True)
+    listed = [executors.apply(i) for i in range(executors.size())]
+    return [int(e.totalCores()) for e in listed if e.id() != "driver"]
 
 
 @contextmanager

@@ -301,8 +301,8 @@ def _title(record: Mapping[str, object]) -> str:
 
 def _product_id(record: Mapping[str, object]) -> str:
     text = _required(record, "product_id", _CONTROL_IN_ID)
-    if not text.strip():
-        raise _Refused("blank: product_id")
+    if not any(c.isprintable() and not c.isspace() for c in text):
+        raise _Refused("blank: product_id has no character that can be seen")
     return text
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from delta.exceptions import DeltaConcurrentModificationException
 from delta.tables import DeltaMergeBuilder, DeltaTable
+from pyspark import SparkConf, SparkContext
 from pyspark.sql import DataFrame, SparkSession
 
 from schemas.tables import TABLES, Table
@@ -27,9 +28,10 @@ CONF = {
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     # Times in the tables are UTC, whoever reads them.
     "spark.sql.session.timeZone": "UTC",
+    # Prompts are some hundred tokens a row; answers leave a worker every few seconds, which shows that it is alive.
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "512",
     # A lost commit response must not append twice (off by default in 4.4.0).
     "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
-    # `FROM parquet.`/path`` inside an operator's --where would read files past the tables.
     "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",
     # A Python worker that says nothing for half an hour (a stopped process: its own watchdog cannot speak) is ended.
     "spark.python.worker.idleTimeoutSeconds": "1800",
@@ -52,17 +54,19 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
 
     A task may fail three times before the job does, in local mode too (`local[*,4]`): a worker whose engine died exits,
     and the next try gets a fresh one. Without spark-submit the Delta jar is resolved through `spark.jars.packages`.
+    `conf` and this project's settings give way to what spark-submit was told.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.appName(app)
-    for key, value in CONF.items():
-        builder = builder.config(key, value)
-    if not {"PYSPARK_GATEWAY_PORT", "PYSPARK_SUBMIT_ARGS"} & os.environ.keys():
-        builder = builder.master("local[*,4]").config("spark.jars.packages", PACKAGE)
-        for key, value in LOCAL_CONF.items():
+    builder, given = SparkSession.builder.appName(app), None
+    if os.environ.keys() & {"PYSPARK_GATEWAY_PORT", "PYSPARK_SUBMIT_ARGS"}:
+        SparkContext._ensure_initialized()
+        given = SparkConf()  # what the operator said on the command line comes first
+        wanted = CONF
+    else:
+        wanted = CONF | LOCAL_CONF | {"spark.master": "local[*,4]", "spark.jars.packages": PACKAGE}
+    for key, value in {**wanted, **(conf or {})}.items():
+        if given is None or not given.contains(key):
             builder = builder.config(key, value)
-    for key, value in (conf or {}).items():
-        builder = builder.config(key, value)
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     return spark

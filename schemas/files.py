@@ -35,10 +35,9 @@ _BOMB_RATIO, _BOMB_FLOOR = 200, 64 << 20
 
 @dataclass(frozen=True)
 class File:
-    """A file that may be read. `path` as Hadoop writes it, `uri` percent-encoded as Spark's `_metadata` names it."""
+    """A file that may be read; `path` as Hadoop writes it."""
 
     path: str
-    uri: str
     kind: str
     size: int
     modified: int
@@ -54,6 +53,11 @@ def local_path(where: str) -> str | None:
     return unquote(uri.path) if uri.scheme.lower() == "file" and uri.netloc in ("", "localhost") else None
 
 
+def shown(path: str) -> str:
+    """A path as people write it: without the scheme of local files, which Hadoop spells in two ways."""
+    return re.sub(r"^file:/+", "/", path)
+
+
 def kind(name: str) -> str | None:
     """Format of a file by its name; None where it is none of ours."""
     stem = name.lower().removesuffix(".gz") if name.endswith(".gz") else name.lower()
@@ -61,10 +65,15 @@ def kind(name: str) -> str | None:
     return None if found == "parquet" and name.endswith(".gz") else found
 
 
+def refuse_hostile_path(flag: str, where: str) -> None:
+    """Raises ValueError for an empty path, or one with control characters: a newline would break every message."""
+    if not where.strip() or re.search(r"[\x00-\x1f\x7f-\x9f]", where):
+        raise ValueError(f"{flag} {where!r}: a path may not be empty or hold control characters")
+
+
 def refuse_wrong_path(flag: str, where: str, names: Sequence[str] = ()) -> None:
     """Raises ValueError where a local input is missing, is no regular file, or lacks `names`; before Spark starts."""
-    if not where or re.search(r"[\x00-\x1f\x7f]", where):
-        raise ValueError(f"{flag} {where!r}: a path may not be empty or hold control characters")
+    refuse_hostile_path(flag, where)
     path = local_path(where)
     if path is None:
         return
@@ -188,8 +197,7 @@ def _stated(spark: SparkSession, path: str, of_kind: str) -> File:
         status = where.getFileSystem(_hadoop(spark)).getFileStatus(where)
     except Py4JJavaError as error:
         raise _Unfit(f"cannot be read: {_message(error)}") from error
-    full = status.getPath()
-    return File(full.toString(), full.toUri().toString(), of_kind, status.getLen(), status.getModificationTime())
+    return File(status.getPath().toString(), of_kind, status.getLen(), status.getModificationTime())
 
 
 def changed(spark: SparkSession, file: File) -> str | None:

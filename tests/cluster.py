@@ -96,10 +96,10 @@ def _session(leader: int) -> dict[int, str]:
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and os.getsid(int(entry.name)) == leader:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                # A process that has ended but was not waited for has no command line.
-                if command:
-                    found[int(entry.name)] = command
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z":
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(entry.name)] = command.decode(errors="replace").strip()
         except OSError:
             continue
     return found
@@ -133,5 +133,6 @@ def _await_workers(url: str, wanted: int, folder: Path) -> None:
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 alive = sum(worker["state"] == "ALIVE" for worker in json.load(answer)["workers"])
-        except OSError:
+        except (OSError, ValueError):
+            # Not listening yet; or it is, and answers without JSON until the master behind it is up (1 start of 20).
             continue

@@ -1,8 +1,9 @@
-"""One Spark with Delta for all tests, and a fresh tables folder for each."""
+"""One Spark with Delta for all tests, and a fresh folder of empty tables for each."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +19,34 @@ sys.path.insert(0, str(REPO))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PYSPARK_PYTHON"] = sys.executable
 
+# What a large table wants only costs on a few rows: compiling each query to Java took half of the suite's time.
+QUICK = {
+    "spark.driver.memory": "2g",
+    "spark.ui.showConsoleProgress": "false",
+    "spark.sql.shuffle.partitions": "2",
+    "spark.databricks.delta.snapshotPartitions": "1",
+    "spark.sql.codegen.wholeStage": "false",
+}
+
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
     from schemas import delta
 
-    session = delta.session("tests", {"spark.driver.memory": "2g", "spark.ui.showConsoleProgress": "false"})
+    session = delta.session("tests", QUICK)
     yield session
     session.stop()
 
 
+@pytest.fixture(scope="session")
+def empty_tables(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from schemas import delta
+
+    folder = tmp_path_factory.mktemp("empty") / "tables"
+    delta.prepare(spark, str(folder))
+    return folder
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> str:
-    return str(tmp_path / "tables")
+def root(empty_tables: Path, tmp_path: Path) -> str:
+    return str(shutil.copytree(empty_tables, tmp_path / "tables"))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import signal
+import time
 import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from udfs.engine import Answer, Engine, EngineSettings
+from udfs.engine import Answer, Engine, EngineSettings, Watchdog
 
 
 class FakeEngine:
@@ -77,4 +80,32 @@ def load_drifting(settings: EngineSettings) -> Engine:
     """The drifting engine of this worker process."""
     if settings not in _loaded:
         _loaded[settings] = DriftingEngine(settings)
+    return _loaded[settings]
+
+
+class MortalEngine(FakeEngine):
+    """Dies or hangs once, at its tenth prompt; `settings.model` is a folder that holds how and remembers whether."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.folder = Path(settings.model)
+        self.hang_seconds = settings.hang_seconds
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        for answer in super().answers(prompts, label_ids, ahead):
+            if answer.index == 9 and not (self.folder / "died").exists():
+                (self.folder / "died").write_text(str(os.getpid()))
+                if (self.folder / "how").read_text() == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                with Watchdog(self.hang_seconds):
+                    time.sleep(600)
+            yield answer
+
+
+def load_mortal(settings: EngineSettings) -> Engine:
+    """The mortal engine of this worker process."""
+    if settings not in _loaded:
+        _loaded[settings] = MortalEngine(settings)
     return _loaded[settings]

@@ -63,6 +63,12 @@ def test_a_changed_or_missing_file_is_refused_with_the_command_that_mends_it(
     model.demo_model(tmp_path)
 
 
+def test_a_small_file_of_the_same_size_with_other_content_is_refused(conversions: list[Path], tmp_path: Path) -> None:
+    (model.demo_model(tmp_path) / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"rm -r '.*demo-model'"):
+        model.demo_model(tmp_path)
+
+
 def test_a_file_of_another_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "GGUF_SHA256", "0" * 64)
     with pytest.raises(ValueError, match=r"SHA-256 b179.*wanted 0000"):
@@ -106,7 +112,7 @@ def test_the_model_speaks_english_and_its_tokenizer_knows_turns_and_single_digit
     ids = tokenizer.encode(text)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>", "user", "Ċ", "Hello", "Ġ", "4", "<|im_end|>", "Ċ"]
     assert tokenizer.decode(ids) == text
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("In 2024")) == ["In", "Ġ", "2", "0", "2", "4"]
+    assert tokenizer.tokenize("In  2024\n\n1") == ["In", "ĠĠ", "2", "0", "2", "4", "ĊĊ", "1"]
     assert {tokenizer.decode(i) for i in tokenizer.all_special_ids} >= {"<|im_start|>", "<|im_end|>"}
 
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"

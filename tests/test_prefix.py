@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -96,7 +97,25 @@ def test_each_shard_is_a_task_of_its_own_in_the_order_of_the_token_ids(spark: Sp
 def test_shards_have_equal_work_to_within_one_product(spark: SparkSession) -> None:
     prompts = a_night(40, 3)
     line = landed(as_rows(spark, prompts, [len(p) for p in prompts]), 1)
-    rows = line.shards(0, line.length, 4).groupBy("shard").agg(F.sum("new_nodes").alias("work")).collect()
+    shards = line.shards(0, line.length, 4).groupBy("shard").agg(F.sum("new_nodes").alias("work"))
+    work = [row["work"] for row in shards.collect()]
+    assert len(work) == 4
+    assert max(work) - min(work) <= 2 * 35  # a product's part and its pairs are at most 35 nodes here
+
+
+def test_the_pairs_of_a_product_stay_together(spark: SparkSession) -> None:
+    parts = [[p, *range(9)] for p in range(16)]
+    prompts = [[*part, q] for part in parts for q in range(5)]
+    line = landed(as_rows(spark, prompts, [10] * len(prompts)), 2)
+    rows = line.shards(0, line.length, 5).selectExpr("ids[0] AS product", "shard").distinct().collect()
+    assert len(rows) == 16
+
+
+def test_a_very_hot_product_is_split(spark: SparkSession) -> None:
+    rng = np.random.default_rng(3)
+    prompts = [[7] * 10 + rng.integers(0, 500, 20).tolist() for _ in range(3000)]
+    line = landed(as_rows(spark, prompts, [10] * 3000), 1)
+    assert line.length > 6 * prefix.HOT_TOKENS
     shards = line.shards(0, line.length, 2).groupBy("shard").agg(F.sum("new_nodes").alias("work"))
     work = [row["work"] for row in shards.collect()]
     assert len(work) == 2

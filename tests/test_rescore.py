@@ -14,7 +14,7 @@ from jobs import rescore as job
 from jobs.rescore import Scoring, rescore
 from partitioner import prefix
 from schemas import delta, tables
-from tests.engines import load_fake, logprobs
+from tests.engines import load_drifting, load_fake, load_mortal, logprobs
 from tests.models import PROMPT, tiny_tokenizer
 from udfs.engine import EngineSettings
 from udfs.model import Model
@@ -177,8 +177,6 @@ def test_a_model_trained_with_another_prompt_is_refused(spark: SparkSession, roo
 
 
 def test_an_engine_that_disagrees_with_itself_writes_nothing(spark: SparkSession, root: str) -> None:
-    from tests.engines import load_drifting
-
     put(spark, root, PRODUCTS)
     what = scoring()
     bad = Scoring(what.model, what.stage, what.prompt, EngineSettings(model="/drifting"), load_drifting)
@@ -186,6 +184,22 @@ def test_an_engine_that_disagrees_with_itself_writes_nothing(spark: SparkSession
         rescore(spark, root, bad)
     assert probs(spark, root).isEmpty()
     assert delta.read(spark, root, "models").isEmpty()
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_an_engine_that_dies_takes_its_worker_along_and_the_retry_scores_all(
+    spark: SparkSession, root: str, tmp_path: Path, how: str
+) -> None:
+    put(spark, root, PRODUCTS)
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "how").write_text(how)
+    what = scoring()
+    settings = EngineSettings(model=str(tmp_path / "engine"), max_model_len=512, hang_seconds=2)
+    run = rescore(spark, root, Scoring(what.model, what.stage, what.prompt, settings, load_mortal))
+    assert (run.counts["scored"], probs(spark, root).count()) == (12, 12)
+    died = int((tmp_path / "engine" / "died").read_text())
+    assert not Path(f"/proc/{died}").exists()
+    assert run.engine_version != f"fake {died}"
 
 
 def test_canaries_that_are_off_stop_the_run(spark: SparkSession, root: str, tmp_path: Path) -> None:

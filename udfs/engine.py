@@ -264,4 +264,5 @@ def claim_gpus() -> list[str]:
     addresses = list(gpus.addresses) if gpus else []
     if addresses:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(addresses)
+        print(f"engine: CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}", file=sys.stderr, flush=True)
     return addresses

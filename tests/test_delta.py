@@ -1,0 +1,155 @@
+"""The tables on real Delta: they refuse what breaks the contract, and say what does not fit it."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from delta.exceptions import ConcurrentAppendException
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import Row, SparkSession
+from pyspark.sql import functions as F
+
+from schemas import delta, runs, tables
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def judged(spark: SparkSession, **changed: Any) -> Any:
+    """One valid row of label_probs with some columns changed."""
+    row: dict[str, Any] = {
+        "pair_id": "0" * 32, "model_id": "m", "prompt_id": "p", "query": "q", "product_id": "1", "locale": "",
+        "p_excellent": 0.7, "p_related": 0.1, "p_mismatch": 0.1, "p_irrelevant": 0.1, "p_outside": 0.0,
+        "outcome": "scored", "content_hash": "c", "pairs_version": 1, "wave_id": "w", "prompt_tokens": 9,
+        "tokens_cut": 0, "run_id": "r", "scored_at": NOW,
+    }  # fmt: skip
+    return delta.rows(spark, "label_probs", [list((row | changed).values())])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"p_excellent": 1.7},
+        {"p_excellent": 0.6},
+        {"p_excellent": None},
+        {"p_excellent": float("nan")},
+        {"p_outside": None},
+        {"outcome": "too_long"},
+        {"outcome": "guessed", "p_excellent": None, "p_related": None, "p_mismatch": None, "p_irrelevant": None},
+        {"pair_id": None},
+    ],
+    ids=[
+        "above one",
+        "sum not one",
+        "one missing",
+        "not a number",
+        "no outside mass",
+        "refused with p",
+        "unknown",
+        "no key",
+    ],
+)
+def test_no_writer_can_break_the_rules_of_label_probs(spark: SparkSession, root: str, broken: dict[str, Any]) -> None:
+    with pytest.raises((PySparkException, Py4JJavaError), match=r"CHECK constraint|NOT NULL constraint"):
+        delta.upsert(spark, root, "label_probs", judged(spark, **broken))
+    assert delta.read(spark, root, "label_probs").isEmpty()
+
+
+def test_a_row_goes_in_once_and_an_unchanged_row_is_not_rewritten(spark: SparkSession, root: str) -> None:
+    newer = "new.content_hash <> old.content_hash"
+    assert delta.upsert(spark, root, "label_probs", judged(spark), newer)["inserted"] == 1
+    again = delta.upsert(spark, root, "label_probs", judged(spark, p_excellent=0.7, tokens_cut=5), newer)
+    assert again == {"inserted": 0, "updated": 0, "deleted": 0}
+    assert delta.upsert(spark, root, "label_probs", judged(spark, content_hash="d"), newer)["updated"] == 1
+    assert delta.read(spark, root, "label_probs").count() == 1
+
+
+def test_every_column_says_what_it_is(spark: SparkSession, root: str) -> None:
+    assert set(delta.register(spark, root)) == set(tables.TABLES)
+    for name, table in tables.TABLES.items():
+        described = {row["col_name"]: row["comment"] for row in spark.sql(f"DESCRIBE {name}").collect()}
+        assert described == {c.name: c.comment for c in table.columns}
+
+
+def test_a_table_that_does_not_fit_is_an_error_that_says_what_differs(spark: SparkSession, root: str) -> None:
+    where = f"delta.`{root}/gold`"
+    spark.sql(f"ALTER TABLE {where} DROP CONSTRAINT label_range")
+    spark.sql(f"ALTER TABLE {where} ADD COLUMN mood STRING")
+    spark.sql(f"ALTER TABLE {where} ALTER COLUMN label DROP NOT NULL")
+    with pytest.raises(ValueError, match="does not fit") as refused:
+        delta.prepare(spark, root)
+    said = str(refused.value)
+    assert "column mood is not in the contract" in said
+    assert "column label may be null" in said
+    assert "ADD CONSTRAINT label_range CHECK (label BETWEEN 1 AND 4)" in said
+
+
+def test_the_sentence_that_mends_a_missing_column_mends_it(spark: SparkSession, tmp_path: Path) -> None:
+    root = str(tmp_path / "older")
+    older = tables.Table("models", "older", ("model_id",), tables.MODELS.columns[:-2])
+    spark.sql(delta.ddl(root, older))
+    (first, second) = delta.misfits(spark, root, tables.MODELS)
+    spark.sql(first[first.index("(") + 1 : -1])
+    assert delta.misfits(spark, root, tables.MODELS) == [second]
+
+
+def test_the_hashes_are_what_the_docs_say_for_any_language(spark: SparkSession) -> None:
+    def netstring(text: str | None) -> str:
+        return "-" if text is None else f"{len(text.encode())}:{text}"
+
+    def sha(*fields: str | None) -> str:
+        return hashlib.sha256("".join(map(netstring, fields)).encode()).hexdigest()
+
+    row = Row(locale="de", query="Kessel für 5 €", product_id="k1", title="Wasserkessel", brand=None,
+              description="", attributes={"farbe": "blau", "breite": "9"}, category="Küche")  # fmt: skip
+    schema = "locale STRING, query STRING, product_id STRING, title STRING, brand STRING, description STRING, "
+    rows = spark.createDataFrame([row], schema + "attributes MAP<STRING,STRING>, category STRING")
+    product = tables.product_hash(*(F.col(c) for c in ("title", "brand", "description", "attributes", "category")))
+    found = rows.select(
+        tables.pair_id(F.col("locale"), F.col("query"), F.col("product_id")).alias("pair_id"),
+        tables.content_hash(product, F.col("locale"), F.col("query")).alias("content_hash"),
+    ).collect()[0]
+    assert found["pair_id"] == sha("de", "Kessel für 5 €", "k1")[:32]
+    attributes = "".join(netstring(x) for x in ("breite", "9", "farbe", "blau"))
+    of_product = sha("Wasserkessel", None, "", attributes, "Küche")
+    assert found["content_hash"] == sha("de", "Kessel für 5 €", of_product)
+
+
+def test_a_lost_race_is_tried_again_and_at_last_given_up_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta.time, "sleep", lambda _: None)  # type: ignore[attr-defined]
+    tries = 0
+
+    def loses_twice() -> str:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise ConcurrentAppendException("another writer was faster")
+        return "committed"
+
+    assert delta._committed(loses_twice) == "committed"
+
+    def always_loses() -> None:
+        nonlocal tries
+        tries += 1
+        raise ConcurrentAppendException("another writer was faster")
+
+    tries = 0
+    with pytest.raises(RuntimeError, match="gave up after 10 tries"):
+        delta._committed(always_loses)
+    assert tries == 10
+
+
+def test_a_run_is_one_row_from_start_to_end(spark: SparkSession, root: str) -> None:
+    run = runs.start(spark, root, "ingest")
+    assert [r["status"] for r in delta.read(spark, root, "runs").collect()] == ["running"]
+    runs.finish(spark, root, run, "failed", "disk full")
+    assert [(r["status"], r["message"]) for r in delta.read(spark, root, "runs").collect()] == [("failed", "disk full")]
+
+
+def test_names_outside_the_contract_reach_no_path(spark: SparkSession, root: str) -> None:
+    with pytest.raises(KeyError):
+        delta.read(spark, root, "../../etc")

@@ -1,0 +1,111 @@
+"""The whole job on a real standalone cluster with the real engine: plain on CPUs, and with a GPU declared a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deltalake import DeltaTable
+
+from tests.cluster import cluster
+from tests.conftest import REPO
+from tests.models import tiny_model
+
+
+def submit(*words: str | Path, timeout: int = 540) -> str:
+    """Runs ./spark-submit.sh and returns what it printed."""
+    ended = subprocess.run(
+        [REPO / "spark-submit.sh", *map(str, words)], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-6000:]
+    return ended.stdout
+
+
+def a_file_of_pairs(folder: Path, products: int = 40, queries: int = 6) -> Path:
+    """Products with long enough descriptions that each is some work."""
+    file = folder / "pairs.jsonl"
+    rows = [
+        {
+            "query": f"kettle {query}",
+            "product_id": f"k{product}",
+            "title": f"Steel kettle no. {product}",
+            "description": f"Kettle {product} boils water for {product + 1} cups of tea in three minutes. " * 6,
+        }
+        for product in range(products)
+        for query in range(queries)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def table(root: Path, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = DeltaTable(f"{root}/{name}").to_pyarrow_table().to_pylist()
+    return rows
+
+
+CONF = (
+    "--conf",
+    "spark.driver.host=127.0.0.1",
+    "--conf",
+    "spark.ui.enabled=false",
+    "--conf",
+    "spark.executor.memory=1g",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", [False, True], ids=["plain", "gpu"])
+def test_each_executor_scores_its_own_shard_with_one_engine(tmp_path: Path, gpu: bool) -> None:
+    model = tiny_model(tmp_path / "model")
+    root = tmp_path / "tables"
+    submit("ingest", "--tables", root, "--pairs", a_file_of_pairs(tmp_path))
+    conf = [*CONF, *(("--conf", "spark.executor.resource.gpu.amount=1") if gpu else ())]
+    # Two cores a worker: were it not for the profile, two scoring tasks would run side by side in an executor.
+    with cluster(tmp_path / "cluster", cores=2, gpu=gpu) as running:
+        said = submit("--master", running.master, *conf, "rescore", "--tables", root, "--model", model)
+    assert "240 scored" in said
+    (run,) = (row for row in table(root, "runs") if row["job"] == "rescore")
+    assert (run["status"], run["engine_loads"]) == ("done", 2)
+    rows = table(root, "label_probs")
+    assert len({row["pair_id"] for row in rows}) == len(rows) == 240
+    # The same pairs on this machine alone give the same probabilities, up to the noise of another batch.
+    alone = tmp_path / "alone"
+    submit("ingest", "--tables", alone, "--pairs", tmp_path / "pairs.jsonl")
+    if not gpu:
+        submit("rescore", "--tables", alone, "--model", model)
+        here = {row["pair_id"]: row["p_excellent"] for row in table(alone, "label_probs")}
+        assert max(abs(row["p_excellent"] - here[row["pair_id"]]) for row in rows) < 1e-4
+    else:
+        # Spark does not set CUDA_VISIBLE_DEVICES by itself: each engine saw its own made-up address.
+        logs = "".join(f.read_text(errors="replace") for f in (tmp_path / "cluster").rglob("stderr"))
+        assert "CUDA_VISIBLE_DEVICES=10" in logs
+        assert "CUDA_VISIBLE_DEVICES=11" in logs
+    left = [pid for pid in os.listdir("/proc") if pid.isdigit() and str(tmp_path / "cluster") in environment(pid)]
+    assert not left
+
+
+@pytest.mark.slow
+def test_more_gpus_than_an_executor_has_is_an_error_before_any_scoring(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    root = tmp_path / "tables"
+    submit("ingest", "--tables", root, "--pairs", a_file_of_pairs(tmp_path, products=2, queries=1))
+    with cluster(tmp_path / "cluster", gpu=True) as running:
+        words = ["--master", running.master, *CONF, "--conf", "spark.executor.resource.gpu.amount=1", "rescore"]
+        words += ["--tables", str(root), "--model", str(model), "--tensor-parallel", "2"]
+        ended = subprocess.run(
+            [REPO / "spark-submit.sh", *words], capture_output=True, text=True, timeout=300, check=False
+        )
+    assert ended.returncode == 2
+    assert "--tensor-parallel 2 asks for more GPUs than an executor has (1)" in ended.stderr
+
+
+def environment(pid: str) -> str:
+    """A process's environment, empty where it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,90 @@
+"""The tables without this project, Spark or a JVM: delta-rs, DuckDB and Polars read what Spark reads."""
+
+from __future__ import annotations
+
+import duckdb
+import polars
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from jobs.rescore import rescore
+from schemas import delta, tables
+from tests.test_rescore import PRODUCTS, put, scoring
+
+
+@pytest.fixture(scope="module")
+def written(spark: SparkSession, empty_tables: object, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tables with rows in each: pairs, gold, label_probs, models, runs, quarantine."""
+    import shutil
+
+    root = str(shutil.copytree(str(empty_tables), tmp_path_factory.mktemp("readers") / "tables"))
+    put(spark, root, PRODUCTS)
+    gold = delta.read(spark, root, "pairs").select(
+        "pair_id",
+        F.lit("raters").alias("source"),
+        F.lit(3).alias("label"),
+        F.array(F.lit(3), F.lit(4)).alias("rater_labels"),
+        F.lit(1.0).alias("weight"),
+        F.lit("dev").alias("split"),
+        F.current_timestamp().alias("judged_at"),
+    )
+    delta.upsert(spark, root, "gold", gold)
+    bad = spark.range(1).select(
+        *[F.lit(x).alias(n) for n, x in {"source": "s", "row_hash": "h", "row": '{"', "reason": "broken"}.items()],
+        F.lit("f.jsonl").alias("file"),
+        F.lit(1).cast("bigint").alias("line"),
+        F.lit("ingest").alias("stage"),
+        F.current_timestamp().alias("seen_at"),
+    )
+    delta.upsert(spark, root, "quarantine", bad)
+    rescore(spark, root, scoring())
+    return root
+
+
+@pytest.mark.parametrize("name", sorted(tables.TABLES))
+def test_every_column_of_every_table_reads_the_same_in_delta_rs_duckdb_and_polars(
+    spark: SparkSession, written: str, name: str
+) -> None:
+    key = list(tables.TABLES[name].key)
+    expected = delta.read(spark, written, name).toArrow().sort_by([(k, "ascending") for k in key])
+    table = DeltaTable(f"{written}/{name}")
+    assert table.protocol().min_reader_version == 1
+    by_delta_rs = pa.table(table.to_pyarrow_table()).sort_by([(k, "ascending") for k in key])
+    assert by_delta_rs.column_names == expected.column_names
+    for column in expected.column_names:
+        assert plain(by_delta_rs[column]) == plain(expected[column])
+    lake = by_delta_rs  # noqa: F841 (DuckDB finds it by its name)
+    by_duckdb = duckdb.sql(f"SELECT * FROM lake ORDER BY {', '.join(key)}").arrow()
+    by_duckdb = by_duckdb.read_all() if hasattr(by_duckdb, "read_all") else by_duckdb
+    by_polars = polars.read_delta(f"{written}/{name}").sort(key)
+    assert by_polars.height == by_duckdb.num_rows == expected.num_rows > 0
+    for column in tables.TABLES[name].names:
+        if "MAP" not in next(c.type for c in tables.TABLES[name].columns if c.name == column):
+            assert plain(by_duckdb[column]) == plain(expected[column])
+            assert plain(by_polars[column].to_arrow()) == plain(expected[column])
+
+
+def test_an_analyst_without_spark_finds_the_least_relevant_pairs_in_sql(written: str) -> None:
+    pairs = DeltaTable(f"{written}/pairs").to_pyarrow_table()  # noqa: F841
+    label_probs = DeltaTable(f"{written}/label_probs").to_pyarrow_table()  # noqa: F841
+    found = duckdb.sql(
+        "SELECT title, round(p_irrelevant, 3) AS p FROM pairs JOIN label_probs USING (pair_id) ORDER BY p DESC LIMIT 3"
+    ).fetchall()
+    assert len(found) == 3
+    assert found[0][1] >= found[2][1] > 0
+
+
+def plain(column: pa.ChunkedArray | pa.Array) -> list[object]:
+    """Values without the type's dress: times in UTC, maps as sorted pairs."""
+    values = column.to_pylist()
+    return [
+        v.replace(tzinfo=None)
+        if hasattr(v, "tzinfo")
+        else sorted(v)
+        if isinstance(v, list) and v and isinstance(v[0], tuple)
+        else v
+        for v in values
+    ]
