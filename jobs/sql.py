@@ -7,6 +7,7 @@ sql --tables T          (a prompt: one statement a line, empty line or Ctrl-D en
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from pyspark.errors import PySparkException
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", type=int, default=40, help="cut columns at so many characters, 0: not at all")
     parser.add_argument("statement", nargs="?", help="one SQL statement; without it, a prompt")
     args = parser.parse_args(argv)
+    logging.getLogger("SQLQueryContextLogger").disabled = True  # says each error once more, as JSON
     spark = delta.session("sql")
     there = delta.register(spark, args.tables)
     if not there:
@@ -44,7 +46,7 @@ def _ask(spark: SparkSession, statement: str, rows: int, width: int) -> bool:
     try:
         spark.sql(statement.rstrip().rstrip(";")).show(rows, truncate=width or False)
     except PySparkException as error:
-        # The condition and its first line say it; the plan and the JVM's stack do not help whoever wrote the SQL.
-        print(f"sql: {str(error).splitlines()[0]}", file=sys.stderr)
+        # The first line says it; the plan and the JVM's stack do not help whoever wrote the SQL.
+        print(f"sql: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return False
     return True

@@ -14,7 +14,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from delta.exceptions import DeltaConcurrentModificationException
+from delta.exceptions import (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    DeltaConcurrentModificationException,
+)
 from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark import SparkConf, SparkContext
 from pyspark.sql import DataFrame, SparkSession
@@ -46,6 +53,15 @@ LOCAL_CONF = {
     "spark.driver.host": "127.0.0.1",
 }
 _COMMIT_TRIES = 10
+# In Delta's Python these have no common base but PySparkException.
+_LOST_RACES = (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    DeltaConcurrentModificationException,
+)
 _R = TypeVar("_R")
 
 
@@ -268,7 +284,7 @@ def _committed(commit: Callable[[], _R]) -> _R:
     for attempt in range(1, _COMMIT_TRIES + 1):
         try:
             return commit()
-        except DeltaConcurrentModificationException as conflict:
+        except _LOST_RACES as conflict:
             if attempt == _COMMIT_TRIES:
                 raise RuntimeError(
                     f"gave up after {attempt} tries to commit: another job keeps writing the same rows. Nothing of "

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_icecat_goes_in_whole_a_repeat_writes_nothing_and_ten_new_titles_change_
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = SHARED / "data" / "icecat-electronics" / "canonical.jsonl.gz"
-    rows = [json.loads(line) for line in gzip.open(real)]
+    rows = [json.loads(line) for line in gzip.decompress(real.read_bytes()).splitlines()]
     assert take("--pairs", real) == 0
     assert "3,668 rows read · 3,668 accepted (0 duplicates)" in (said := capsys.readouterr().out)
     assert "pairs: 3,668 new" in said
@@ -147,9 +148,8 @@ def test_each_bad_row_goes_to_quarantine_with_its_line_and_its_original_and_the_
     said = capsys.readouterr().out
     assert "27 rows read · 2 accepted (0 duplicates) · pairs: 2 new" in said
     assert "quarantined: 25" in said
-    assert "4 quarantined for: too large" not in said  # three of them
     assert "3 quarantined for: too large" in said
-    assert "fields that mean nothing here were left out: a, price, url" in said
+    assert "fields that mean nothing here were left out: price, url" in said
     assert stored(spark, root)["p1", "query 1"]["title"] == hostile["title"]
     assert len(stored(spark, root)) == 2
 
@@ -374,8 +374,8 @@ def test_an_unfit_parquet_file_is_refused_as_a_whole_and_the_others_go_on(
     assert why == {
         "double.parquet": "wrong type: column label is double, it must be int",
         "number.parquet": "wrong type: column product_id is bigint, it must be string",
-        "nested.parquet": "wrong type: column attributes is struct<a:struct<b:string>>, it must be map<string,string> or a "
-        "struct of strings",
+        "nested.parquet": "wrong type: column attributes is struct<a:struct<b:string>>, it must be "
+        "map<string,string> or a struct of strings",
         "untitled.parquet": "wrong columns: title missing, there are: query, product_id",
         "twice.parquet": "wrong columns: two names differ only in upper and lower case",
         "in.parquet.gz": "Parquet is compressed inside; decompress the file first",
@@ -464,9 +464,8 @@ def test_a_wrong_flag_is_refused_before_spark_starts(
     monkeypatch.setattr(delta, "session", lambda *_: pytest.fail("Spark was started"))
     argv = ["--tables", str(tmp_path / "t"), *(a.format(there=there, folder=folder) for a in args)]
     if isinstance(says, str):
-        with pytest.raises(ValueError, match=".") as caught:
+        with pytest.raises(ValueError, match=re.escape(says)):
             ingest.main(argv)
-        assert says in str(caught.value)
     else:
         with pytest.raises(says):
             ingest.main(argv)
@@ -702,7 +701,8 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data lies in ../shared")
 def test_real_esci_rows_go_in(spark: SparkSession, root: str, take: Ingest, tmp_path: Path) -> None:
-    real = [json.loads(line) for line in open(SHARED / "data" / "esci-fixtures" / "pairs.jsonl")]
+    lines = (SHARED / "data" / "esci-fixtures" / "pairs.jsonl").read_text().split("\n")
+    real = [json.loads(line) for line in lines if line]
     examples, products = [], {}
     for n, row in enumerate(real):
         asin = row["product_id"] or f"X{n}"

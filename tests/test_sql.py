@@ -17,7 +17,7 @@ def test_a_statement_prints_its_rows(spark: SparkSession, root: str, capsys: pyt
     assert (
         sql.main(["--tables", root, "SELECT title, count(*) AS pairs FROM pairs GROUP BY title ORDER BY title;"]) == 0
     )
-    assert "|Blue towel        |4    |" in capsys.readouterr().out
+    assert "|        Blue towel|    4|" in capsys.readouterr().out
 
 
 def test_wrong_sql_is_one_line_and_exit_code_2(root: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +33,7 @@ def test_without_a_statement_it_reads_them_one_a_line(
     monkeypatch.setattr("sys.stdin", io.StringIO("SELEC 1\nSELECT 40 + 2 AS answer\n\n"))
     assert sql.main(["--tables", root]) == 0
     said = capsys.readouterr()
-    assert "|42    |" in said.out
+    assert "|    42|" in said.out
     assert "label_probs" in said.out
     assert "SELEC" in said.err
 
