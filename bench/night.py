@@ -180,12 +180,8 @@ class Timed:
 
 def summary(figures: dict[str, Any], pairs: int) -> str:
     """One round in a line."""
-    bare = figures["bare"]["seconds"]
-    return (
-        f"bare {pairs / bare:,.1f} pairs/s · engine {pairs / figures['engine']:,.1f} ({bare / figures['engine']:.2f}) · "
-        f"waves {pairs / figures['waves']:,.1f} ({bare / figures['waves']:.2f}) · "
-        f"job {pairs / figures['job']:,.1f} ({bare / figures['job']:.2f})"
-    )
+    seconds = {"bare": figures["bare"]["seconds"]} | {name: figures[name] for name in ("engine", "waves", "job")}
+    return " · ".join(f"{name} {pairs / s:,.1f} pairs/s ({seconds['bare'] / s:.2f})" for name, s in seconds.items())
 
 
 def report(rounds: list[dict[str, Any]], pairs: int, args: argparse.Namespace) -> None:

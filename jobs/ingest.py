@@ -314,7 +314,7 @@ class Intake:
     def land(self, name: str, frame: DataFrame) -> DataFrame:
         """Writes a step's rows once, so that what reads them twice (a MERGE does) reads the same rows."""
         frame.write.mode("overwrite").parquet(self.landing(name))
-        return self.spark.read.schema(frame.schema).parquet(self.landing(name))
+        return self.spark.read.schema(frame.schema).parquet(files.literal(self.landing(name)))
 
     def tally(self, rows: DataFrame, column: str) -> None:
         """Adds the rows to the counts that `column` names."""

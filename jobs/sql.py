@@ -7,10 +7,10 @@ sql --tables T          (a prompt: one statement a line, empty line or Ctrl-D en
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 from pyspark.errors import PySparkException
+from pyspark.logger import PySparkLogger
 from pyspark.sql import SparkSession
 
 from schemas import delta
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", type=int, default=40, help="cut columns at so many characters, 0: not at all")
     parser.add_argument("statement", nargs="?", help="one SQL statement; without it, a prompt")
     args = parser.parse_args(argv)
-    logging.getLogger("SQLQueryContextLogger").disabled = True  # says each error once more, as JSON
+    PySparkLogger.getLogger("SQLQueryContextLogger").disabled = True  # says each error once more, as JSON
     spark = delta.session("sql")
     there = delta.register(spark, args.tables)
     if not there:

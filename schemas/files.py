@@ -30,7 +30,7 @@ KINDS = {
 }
 _ALLOWED = ".jsonl, .ndjson, .json, .csv (each also with .gz) and .parquet"
 # Bombs. Real catalogues shrink 5 to 20 times under gzip, and up to 100 times in Parquet.
-_BOMB_RATIO, _BOMB_FLOOR = 200, 64 << 20
+_BOMB_RATIO, _BOMB_FLOOR, _BOMB_ROWS = 200, 64 << 20, 100_000
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ def local_path(where: str) -> str | None:
         return where
     uri = urlparse(where)
     return unquote(uri.path) if uri.scheme.lower() == "file" and uri.netloc in ("", "localhost") else None
+
+
+def literal(path: str) -> str:
+    """A path in which Spark's glob characters stand for themselves."""
+    return re.sub(r"([\[\]{}*?\\])", r"\\\1", path)
 
 
 def shown(path: str) -> str:
@@ -261,7 +266,9 @@ def _footer(spark: SparkSession, file: File) -> T.StructType:
         schema = converter.convert(meta.getFileMetaData().getSchema()).json()
     finally:
         reader.close()
-    # A column of one value for a thousand million rows takes no room at all, so rows count as bytes do.
-    if _bomb(file, max(unpacked, rows)):
-        raise _Unfit(f"unpacks to {max(unpacked, rows):,} bytes, over {_BOMB_RATIO} times its {file.size:,} bytes")
+    if _bomb(file, unpacked):
+        raise _Unfit(f"unpacks to {unpacked:,} bytes, over {_BOMB_RATIO} times its {file.size:,} bytes")
+    # A thousand million rows of one value take no room at all; rows that differ do (ESCI's examples: 20 bytes each).
+    if rows > max(_BOMB_ROWS, file.size):
+        raise _Unfit(f"holds {rows:,} rows in {file.size:,} bytes, so they are all the same")
     return T.StructType.fromJson(json.loads(schema))

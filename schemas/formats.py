@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from schemas import canonical
 from schemas.canonical import MAX_ROW_BYTES, Accept, Accepted
-from schemas.files import File
+from schemas.files import File, literal
 
 # A line beyond this is skipped by Hadoop's reader instead of filling the memory; `lost_bytes` finds that it was.
 LONGEST_LINE = 32 << 20
@@ -148,18 +147,13 @@ def _place() -> list[Column]:
     ]
 
 
-def _literal(path: str) -> str:
-    """A path in which Spark's glob characters stand for themselves."""
-    return re.sub(r"([\[\]{}*?\\])", r"\\\1", path)
-
-
 def lines(spark: SparkSession, files: Sequence[File]) -> DataFrame:
     """Lines as raw bytes: file, block, n, size, raw; a line beyond MAX_ROW_BYTES comes with its beginning only."""
     reader = spark.read.option("lineSep", "\n")
     reader = reader.option("mapreduce.input.linerecordreader.line.maxlength", str(LONGEST_LINE))
     line, size = F.col("value").cast("binary"), F.octet_length("value")
     cut = F.when(size <= MAX_ROW_BYTES, line).otherwise(F.substring(line, 1, _ORIGINAL_BYTES))
-    return reader.text([_literal(f.path) for f in files]).select(
+    return reader.text([literal(f.path) for f in files]).select(
         *_place(), (size + 1).cast("bigint").alias("size"), cut.alias("raw")
     )
 
@@ -203,7 +197,7 @@ def columns(spark: SparkSession, files: Sequence[File], fields: Sequence[str]) -
     wanted = T.StructType([f for f in schema.fields if f.name in fields])
     ignored = F.array(*[F.lit(name) for name in schema.names if name not in fields]).cast("array<string>")
     size = reduce(lambda one, other: one + other, map(_octets, wanted.fields))
-    placed = spark.read.schema(wanted).parquet(*[_literal(f.path) for f in files])
+    placed = spark.read.schema(wanted).parquet(*[literal(f.path) for f in files])
     placed = placed.select(*_place(), size.alias("size"), ignored.alias("ignored"), *wanted.names)
     values = [
         F.when(F.col("size") <= MAX_ROW_BYTES, _flat(f).cast(_CROSSING.get(f.name, "binary"))).alias(f.name)

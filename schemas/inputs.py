@@ -85,7 +85,7 @@ def judged(spark: SparkSession, found: Input, folder: str) -> Judged:
     """Reads, judges and lands all rows in `folder`."""
     found = _landed(spark, found, folder)
     if found.complete:
-        landed = spark.read.schema(formats.ROW_TYPE).parquet(folder)
+        landed = spark.read.schema(formats.ROW_TYPE).parquet(files.literal(folder))
     else:
         landed = spark.createDataFrame([], formats.ROW_TYPE)
     blocks = landed.groupBy("file", "block").agg(

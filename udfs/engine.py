@@ -147,6 +147,7 @@ class VllmEngine:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             tensor_parallel_size=settings.tensor_parallel,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=settings.seed,
             **device,
         )
