@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     """Returns 0 when ready (and in parity), 3 when parity is broken."""
     parser = argparse.ArgumentParser(prog="check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--parity", action="store_true", help="compare the engine with the plain model")
-    parser.add_argument("--tables", metavar="T", help="take the pairs from these tables")
+    parser.add_argument("--tables", type=delta.root, metavar="T", help="take the pairs from these tables")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="compare on so many pairs (default 200)")
     rescore.add_scoring_flags(parser)
     args = parser.parse_args(argv)

@@ -16,9 +16,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import reduce
 
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -38,7 +39,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=JOB, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tables", required=True, metavar="T", help="root folder or URI of the tables")
+    parser.add_argument(
+        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pairs", metavar="FILE", help="pairs to insert or update; their labels go to gold")
     what.add_argument(
@@ -138,17 +141,11 @@ class Intake:
         self.counts["duplicates"] = self.counts["accepted"] - total
 
         refusal, gone = self.absent(unique, bad, stored) if snapshot else (None, None)
-        # One product has one text: pairs of it that this input does not name follow.
-        others = stored.withColumnRenamed("content_hash", "old_hash").drop(*canonical.TEXTS)
-        for kept_away in (unique, gone):
-            if kept_away is not None:
-                others = others.join(kept_away.select("pair_id"), "pair_id", how="left_anti")
-        texts = unique.select("locale", "product_id", *canonical.TEXTS, "product_hash")
-        others = others.join(texts.dropDuplicates(["locale", "product_id"]), ["locale", "product_id"], how="inner")
-        others = others.withColumn("content_hash", _content_hash()).where("old_hash <> content_hash")
-        others = self.land("others", others)
-        self.counts["updated_with_product"] = others.count()
-        self.write_pairs([unique.where("change <> 'unchanged'"), others])
+        if total > self.counts["unchanged"]:
+            kept_away = unique.select("pair_id") if gone is None else unique.select("pair_id").union(gone)
+            others = self.land("others", self.followers(unique, stored.join(kept_away, "pair_id", how="left_anti")))
+            self.counts["updated_with_product"] = others.count()
+            self.write_pairs(unique.where("change <> 'unchanged'"), others)
         self.gold(unique)
         if gone is not None:
             self.delete(gone)
@@ -181,7 +178,8 @@ class Intake:
         change = F.when(F.col("old_hash") == F.col("content_hash"), "unchanged").otherwise("updated")
         matched = self.land("pairs", matched.withColumn("change", change))
         self.tally(matched, "change")
-        self.write_pairs([matched.where("change = 'updated'")])
+        if self.counts["updated"]:
+            self.write_pairs(matched.where("change = 'updated'"))
         total = unique.count()
         idle = unique.join(matched, ["locale", "product_id"], how="left_anti").count()
         self.counts.update(duplicates=self.counts["accepted"] - total, products_without_pairs=idle)
@@ -245,45 +243,45 @@ class Intake:
         ask = f"SELECT reason, file, line, row FROM quarantine WHERE source = '{self.source}'"  # noqa: S608 (only shown)
         self.told.append(f'{JOB}: look at them with: sql --tables {self.root} "{ask}"')
 
-    def write_pairs(self, parts: Sequence[DataFrame]) -> None:
-        """Upserts rows that are new or changed, in one commit; no commit where there are none."""
+    def followers(self, unique: DataFrame, others: DataFrame) -> DataFrame:
+        """Stored pairs that the input does not name, with the new text of their product: one product has one text."""
+        texts = unique.select("locale", "product_id", *canonical.TEXTS, "product_hash")
+        texts = texts.dropDuplicates(["locale", "product_id"])
+        others = others.withColumnRenamed("content_hash", "old_hash").drop(*canonical.TEXTS)
+        others = others.join(texts, ["locale", "product_id"], how="inner")
+        return others.withColumn("content_hash", _content_hash()).where("old_hash <> content_hash")
+
+    def write_pairs(self, *parts: DataFrame) -> None:
+        """Upserts rows that are new or changed, in one commit."""
         names = [name for name in tables.PAIRS.names if name != "updated_at"]
-        rows = parts[0].select(*names)
-        for part in parts[1:]:
-            rows = rows.unionByName(part.select(*names))
-        if not rows.isEmpty():
-            changed = "old.content_hash <> new.content_hash OR NOT old.weight <=> new.weight"
-            delta.upsert(self.spark, self.root, "pairs", rows.withColumn("updated_at", self.now), changed)
+        rows = reduce(DataFrame.unionByName, [part.select(*names) for part in parts])
+        changed = "old.content_hash <> new.content_hash OR NOT old.weight <=> new.weight"
+        delta.upsert(self.spark, self.root, "pairs", rows.withColumn("updated_at", self.now), changed)
 
     def gold(self, unique: DataFrame) -> None:
         """Upserts the judgements of this source; a query that gold knows already keeps its split."""
         stored = delta.read(self.spark, self.root, "gold")
         asked = delta.read(self.spark, self.root, "pairs").select("pair_id", "locale", "query")
-        labelled = unique.where("label IS NOT NULL").drop("weight", "old_weight", "change")
+        key = ["locale", "normalised"]
+        labelled = unique.where("label IS NOT NULL")
+        labelled = labelled.select("pair_id", *key, "label", "rater_labels", "gold_weight", "split", "drawn_split")
         # ESCI splits by query as typed; where one normalised query is in both of its parts, all of it is test.
-        given = labelled.groupBy("locale", "normalised").agg(
-            F.when(F.max(F.col("split") == "test"), "test").otherwise(F.min("split")).alias("given_split")
-        )
+        test = F.when(F.max(F.col("split") == "test"), "test")
+        given = labelled.groupBy(*key).agg(test.otherwise(F.min("split")).alias("given_split"))
         kept = stored.join(asked, "pair_id", how="inner").select("locale", "query", "split").distinct()
         kept = kept.mapInArrow(_normalise, "locale STRING, normalised STRING, split STRING")
-        kept = kept.groupBy("locale", "normalised").agg(F.min("split").alias("kept_split"))
-        own = stored.groupBy("pair_id").agg(F.min("split").alias("own_split"))
+        kept = kept.groupBy(*key).agg(F.min("split").alias("kept_split"))
         compared = ("label", "rater_labels", "weight", "split")
-        mine = stored.where(F.col("source") == self.source)
-        mine = mine.select("pair_id", *[F.col(c).alias(f"old_{c}") for c in compared])
-        rows = (
-            labelled.join(given, ["locale", "normalised"], how="left")
-            .join(kept, ["locale", "normalised"], how="left")
-            .join(own, "pair_id", how="left")
-            .join(mine, "pair_id", how="left")
-            .withColumn("wanted_split", F.coalesce("given_split", "drawn_split"))
-            .withColumn("split", F.coalesce("own_split", "kept_split", "wanted_split"))
-            .withColumn("weight", F.coalesce("gold_weight", "old_weight", F.lit(1.0)))
-        )
+        mine = F.when(F.col("source") == self.source, F.struct(*compared))
+        own = stored.groupBy("pair_id").agg(F.min("split").alias("own_split"), F.max(mine).alias("old"))
+        rows = labelled.join(given, key, how="left").join(kept, key, how="left").join(own, "pair_id", how="left")
+        rows = rows.withColumn("wanted_split", F.coalesce("given_split", "drawn_split"))
+        rows = rows.withColumn("split", F.coalesce("own_split", "kept_split", "wanted_split"))
+        rows = rows.withColumn("weight", F.coalesce("gold_weight", "old.weight", F.lit(1.0)))
         same = F.lit(True)
         for name in compared:
-            same &= F.col(name).eqNullSafe(F.col(f"old_{name}"))
-        change = F.when(F.col("old_label").isNull(), "gold_inserted").when(same, "gold_unchanged")
+            same &= F.col(name).eqNullSafe(F.col(f"old.{name}"))
+        change = F.when(F.col("old").isNull(), "gold_inserted").when(same, "gold_unchanged")
         rows = self.land("gold", rows.withColumn("change", change.otherwise("gold_updated")))
         self.tally(rows, "change")
         self.counts["split_kept"] = rows.where("split <> wanted_split").count()

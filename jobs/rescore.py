@@ -120,7 +120,9 @@ def registered_folder(spark: SparkSession, root: str, model_id: str) -> tuple[st
 def main(argv: list[str]) -> int:
     """Runs the stream; returns 0 when all changes are scored."""
     parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tables", required=True, metavar="T", help="root folder or URI of the tables")
+    parser.add_argument(
+        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
+    )
     parser.add_argument("--every", metavar="INTERVAL", help='stay, and look for changes so often, such as "5 minutes"')
     add_scoring_flags(parser)
     args = parser.parse_args(argv)

@@ -19,7 +19,9 @@ from schemas import delta
 def main(argv: list[str]) -> int:
     """Runs one statement, or reads them one a line; a statement that fails is printed and, alone, gives exit code 2."""
     parser = argparse.ArgumentParser(prog="sql", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tables", required=True, metavar="T", help="root folder or URI of the tables")
+    parser.add_argument(
+        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
+    )
     parser.add_argument("--rows", type=int, default=100, help="print at most so many rows (default 100)")
     parser.add_argument("--width", type=int, default=40, help="cut columns at so many characters, 0: not at all")
     parser.add_argument("statement", nargs="?", help="one SQL statement; without it, a prompt")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -49,6 +50,8 @@ LOCAL_CONF = {
     "spark.sql.shuffle.partitions": "4",
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.ui.enabled": "false",
+    # Nothing is kept there; without this a folder spark-warehouse appears wherever a job is started.
+    "spark.sql.warehouse.dir": os.path.join(tempfile.gettempdir(), "spark-warehouse"),
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.driver.host": "127.0.0.1",
 }
@@ -86,6 +89,11 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def root(tables: str) -> str:
+    """What `--tables` means: a URI as it is, a folder by its full path (Delta takes no other)."""
+    return tables if "://" in tables or tables.startswith("file:") else os.path.abspath(tables)
 
 
 def path(root: str, name: str) -> str:

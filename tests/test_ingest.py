@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
 from jobs import ingest
-from schemas import canonical, delta, files, inputs
+from schemas import canonical, delta, files
 from tests.conftest import SHARED
 
 Ingest = Callable[..., int]
@@ -34,7 +34,7 @@ def pair(n: int, **fields: object) -> dict[str, object]:
     return {"query": f"query {n}", "product_id": f"p{n}", "title": f"Product {n}"} | fields
 
 
-def jsonl(path: Path, *rows: dict[str, object] | str | bytes) -> Path:
+def jsonl(path: Path, *rows: Mapping[str, object] | str | bytes) -> Path:
     lines = [r if isinstance(r, bytes) else r.encode() if isinstance(r, str) else json.dumps(r).encode() for r in rows]
     data = b"".join(line + b"\n" for line in lines)
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
@@ -224,7 +224,7 @@ def test_all_formats_bring_the_same_rows_and_a_folder_may_mix_them(
         "split": "dev",
         "locale": "de",
     }
-    rows = [pair(n, **(rich if n % 2 else {})) for n in range(10)]
+    rows: list[dict[str, Any]] = [pair(n, **(rich if n % 2 else {})) for n in range(10)]
     assert take("--pairs", jsonl(tmp_path / "whole.jsonl", *rows)) == 0
     expected = {r["pair_id"]: r["content_hash"] for r in stored(spark, root).values()}
     judged = {
@@ -281,8 +281,8 @@ def test_a_changed_row_alone_is_rewritten_and_its_product_follows_in_pairs_that_
     assert after["p1", "second query"]["title"] == "New title"
     assert after["p1", "query 1"]["weight"] == 5  # no weight in the input: the stored one stays
     assert after["p3", "query 3"]["weight"] == 9
-    feed = spark.read.format("delta").option("readChangeFeed", "true")
-    feed = feed.option("startingVersion", at["pairs"] + 1).load(delta.path(root, "pairs"))
+    reader = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", at["pairs"] + 1)
+    feed = reader.load(delta.path(root, "pairs"))
     images = feed.where("_change_type = 'update_postimage'").select("product_id", "query").collect()
     assert sorted(map(tuple, images)) == [("p1", "query 1"), ("p1", "second query"), ("p3", "query 3")]
     now = stored(spark, root, "gold")
@@ -526,7 +526,7 @@ def test_a_snapshot_deletes_what_is_absent_but_not_what_was_refused_by_name(
 
     at = versions(spark, root)
     for rows in (["", ""], ["{", "[]"], [pair(0, title="New"), '{"product_id": "p1"}']):
-        assert take("--pairs", jsonl(tmp_path / "left.jsonl", *rows), "--snapshot") == 3  # type: ignore[arg-type]
+        assert take("--pairs", jsonl(tmp_path / "left.jsonl", *rows), "--snapshot") == 3
         assert "--snapshot deleted nothing, because " in capsys.readouterr().out
     assert versions(spark, root)["pairs"] == at["pairs"]
 
@@ -545,7 +545,7 @@ def test_products_are_updated_in_all_their_pairs_field_by_field(
     take("--pairs", jsonl(tmp_path / "in.jsonl", *rows))
     before = delta.read(spark, root, "pairs").collect()
     capsys.readouterr()
-    news = [
+    news: list[dict[str, object]] = [
         {"product_id": "p1", "brand": None, "attributes": {"b": "2"}},
         {"product_id": "p2", "brand": "B"},  # as it was
         {"product_id": "p3", "title": None},
@@ -587,7 +587,7 @@ def test_delete_removes_a_pair_or_a_product_and_leaves_gold_alone(
     rows = [pair(1, label=4), pair(1, query="other"), pair(1, locale="de"), pair(2), pair(2, query="other"), pair(3)]
     take("--pairs", jsonl(tmp_path / "in.jsonl", *rows))
     capsys.readouterr()
-    gone = [
+    gone: list[dict[str, object]] = [
         {"product_id": "p1"},
         {"product_id": "p2", "query": "other"},
         {"product_id": "p2", "query": "never asked"},
@@ -804,7 +804,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused_and_the_others_go_on(
             out.write(json.dumps(pair(3)) + "\n")
         return found
 
-    monkeypatch.setattr(inputs.files, "listing", then_grow)
+    monkeypatch.setattr(files, "listing", then_grow)
     assert take("--pairs", folder) == 0
     assert {k[0] for k in stored(spark, root)} == {"p1"}
     assert "changed while it was read" in reasons(spark, root)["grows.jsonl", None]
