@@ -92,7 +92,12 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
 
 
 def root(tables: str) -> str:
-    """What `--tables` means: a URI as it is, a folder by its full path (Delta takes no other)."""
+    """What `--tables` means: a URI as it is, a folder by its full path (Delta takes no other).
+
+    Raises ValueError for a blank one, which would be the folder one stands in, and for control characters.
+    """
+    if not tables.strip() or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in tables):
+        raise ValueError(f"--tables {tables!r}: a path may not be empty or hold control characters")
     return tables if "://" in tables or tables.startswith("file:") else os.path.abspath(tables)
 
 

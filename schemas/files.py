@@ -70,15 +70,10 @@ def kind(name: str) -> str | None:
     return None if found == "parquet" and name.endswith(".gz") else found
 
 
-def refuse_hostile_path(flag: str, where: str) -> None:
-    """Raises ValueError for an empty path, or one with control characters: a newline would break every message."""
-    if not where.strip() or re.search(r"[\x00-\x1f\x7f-\x9f]", where):
-        raise ValueError(f"{flag} {where!r}: a path may not be empty or hold control characters")
-
-
 def refuse_wrong_path(flag: str, where: str, names: Sequence[str] = ()) -> None:
     """Raises ValueError where a local input is missing, is no regular file, or lacks `names`; before Spark starts."""
-    refuse_hostile_path(flag, where)
+    if not where.strip() or re.search(r"[\x00-\x1f\x7f-\x9f]", where):
+        raise ValueError(f"{flag} {where!r}: a path may not be empty or hold control characters")
     path = local_path(where)
     if path is None:
         return

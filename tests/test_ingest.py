@@ -450,8 +450,8 @@ def test_bombs_pipes_devices_and_links_out_of_the_folder_are_refused_and_the_goo
         (["--pairs", "{there}", "--source", "a\nb"], "may only hold"),
         (["--pairs", "{there}", "--source", "x" * 65], "may only hold"),
         (["--pairs", "{folder}/my pairs.jsonl"], "since --source was not given"),
-        (["--tables", "a\nb", "--pairs", "{there}"], "--tables 'a\\nb'"),
-        (["--tables", " ", "--pairs", "{there}"], "--tables ' '"),
+        (["--tables", "a\nb", "--pairs", "{there}"], SystemExit),
+        (["--tables", " ", "--pairs", "{there}"], SystemExit),
     ],
 )
 def test_a_wrong_flag_is_refused_before_spark_starts(
