@@ -64,7 +64,7 @@ def model_folder(name: str, folder: Path) -> str:
 
 def a_night(products: int, pairs: int) -> list[dict[str, Any]]:
     """`products` × `pairs` rows. Where the catalogue ends it begins again with a numbered title."""
-    rows = demo.catalogue.rows()
+    rows: list[dict[str, Any]] = [dict(row) for row in demo.catalogue.rows()]
     catalogue = list({row["product_id"]: row for row in rows}.values())
     queries = itertools.cycle(sorted({row["query"] for row in rows}))
     night = []
@@ -92,7 +92,7 @@ def bare_vllm(model: str, prompts: list[list[int]]) -> dict[str, Any]:
     from udfs.engine import EngineSettings
 
     settings = EngineSettings(model=model)
-    llm = LLM(
+    llm: Any = LLM(
         model=model,
         skip_tokenizer_init=True,
         enforce_eager=True,
@@ -137,11 +137,11 @@ def the_job(model: str, night: list[dict[str, Any]], root: str) -> dict[str, Any
         ingest.main(["--tables", root, "--pairs", str(file), "--source", "bench"])
         spark = delta.session("bench")
         timed = Timed(rescore.Night.score_line)
-        rescore.Night.score_line = timed.method  # type: ignore[method-assign]
+        setattr(rescore.Night, "score_line", timed.method)  # noqa: B010
         began = time.monotonic()
         run = rescore.rescore(spark, root, what)
         seconds = {"job": time.monotonic() - began, "waves": timed.seconds, "engine": run.engine_seconds or 0.0}
-        rescore.Night.score_line = timed.inner  # type: ignore[method-assign]
+        setattr(rescore.Night, "score_line", timed.inner)  # noqa: B010
     pairs = delta.read(spark, root, "pairs").where("product_id NOT LIKE 'warm-%'")
     unaligned = load({**spec, "block": 1}, looked_at.tokenizer_json, looked_at.vocab_size)
     prompts = {

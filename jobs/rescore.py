@@ -37,6 +37,7 @@ from udfs.render import product_text, rendered
 from udfs.score import scored_schema, scorer
 
 WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
+TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of half a second
 CHECKED_PROMPTS = 12  # in the first-use self check
 JOB = "rescore"
 
@@ -189,6 +190,7 @@ class Night:
         self._engines: set[str] = set()
         self._rate = 0.0  # tokens per second and engine, as last measured
         self._outside = 0.0  # sum of p_outside over scored rows
+        self._told = time.monotonic()  # when the run's row was last written
 
     def forget_removed_pairs(self) -> None:
         """Removes label_probs rows, of all models, whose pair is gone."""
@@ -350,7 +352,7 @@ class Night:
         return row.asDict()
 
     def _tally(self, figures: dict[str, Any]) -> None:
-        """Adds a merged wave to the run's row, and writes it: a killed run shows how far it came."""
+        """Adds a merged wave to the run's row, and writes it now and then: a killed run shows how far it came."""
         rows, scored = int(figures["rows"]), int(figures["scored"])
         self._count(scored=scored, refused=rows - scored)
         computed, seconds = int(figures["computed"] or 0), float(figures["seconds"])
@@ -369,7 +371,9 @@ class Night:
             engine_version=str(figures["version"]),
             settings_hash=self.what.settings.hash,
         )
-        runs.write(self.spark, self.root, self.run)
+        if time.monotonic() - self._told > TOLD_SECONDS:
+            runs.write(self.spark, self.root, self.run)
+            self._told = time.monotonic()
 
     def _count(self, **more: int) -> None:
         counts = self.run.counts | {k: self.run.counts.get(k, 0) + v for k, v in more.items()}

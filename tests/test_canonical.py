@@ -336,6 +336,7 @@ def test_spellings_of_one_query_have_one_split() -> None:
     spellings = ["Usb  Hub", "usb hub", " USB\thub ", "ｕｓｂ hub", "USB HUB"]  # noqa: RUF001 (full-width on purpose)
     assert {canonical.normalised(q) for q in spellings} == {"usb hub"}
     assert len({split(q) for q in spellings}) == 1
+    assert canonical.normalised("STRASSE") == canonical.normalised("straße")
 
 
 def test_the_split_is_fixed_for_ever_and_near_eight_one_one() -> None:

@@ -210,6 +210,7 @@ def test_rows_that_contradict_each_other_are_all_refused_with_their_lines(
     assert counts(spark, root)["duplicates"] == 2
 
 
+@pytest.mark.slow
 def test_all_formats_bring_the_same_rows_and_a_folder_may_mix_them(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path
 ) -> None:
@@ -330,6 +331,7 @@ def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_alon
     }
 
 
+@pytest.mark.slow
 def test_an_unfit_parquet_file_is_refused_as_a_whole_and_the_others_go_on(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path
 ) -> None:
@@ -487,6 +489,7 @@ def test_a_delta_table_is_not_read_as_loose_parquet(root: str, take: Ingest) -> 
         take("--pairs", f"{root}/pairs")
 
 
+@pytest.mark.slow
 def test_lines_are_told_right_where_a_file_is_read_in_many_blocks(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path
 ) -> None:
@@ -513,6 +516,7 @@ def test_lines_are_told_right_where_a_file_is_read_in_many_blocks(
     assert len(stored(spark, root)) == 3000 - len(expected)
 
 
+@pytest.mark.slow
 def test_a_snapshot_deletes_what_is_absent_but_not_what_was_refused_by_name(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -604,6 +608,7 @@ def test_delete_removes_a_pair_or_a_product_and_leaves_gold_alone(
     assert versions(spark, root) == at
 
 
+@pytest.mark.slow
 def test_the_split_of_a_query_is_fixed_by_the_first_judgement(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -790,6 +795,7 @@ def test_any_uri_that_hadoop_knows_is_read(spark: SparkSession, root: str, take:
             take("--pairs", wrong, "--source", "x")
 
 
+@pytest.mark.slow
 def test_a_file_that_grows_while_it_is_read_is_refused_and_the_others_go_on(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -810,6 +816,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused_and_the_others_go_on(
     assert "changed while it was read" in reasons(spark, root)["grows.jsonl", None]
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_between_its_commits_is_told_and_mended_by_a_repeat(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

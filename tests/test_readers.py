@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import duckdb
 import polars
 import pyarrow as pa
@@ -57,7 +59,8 @@ def test_every_column_of_every_table_reads_the_same_in_delta_rs_duckdb_and_polar
     for column in expected.column_names:
         assert plain(by_delta_rs[column]) == plain(expected[column])
     lake = by_delta_rs  # noqa: F841 (DuckDB finds it by its name)
-    by_duckdb = duckdb.sql(f"SELECT * FROM lake ORDER BY {', '.join(key)}").arrow()
+    by_duckdb: Any = duckdb.sql(f"SELECT * FROM lake ORDER BY {', '.join(key)}")
+    by_duckdb = by_duckdb.arrow()
     by_duckdb = by_duckdb.read_all() if hasattr(by_duckdb, "read_all") else by_duckdb
     by_polars = polars.read_delta(f"{written}/{name}").sort(key)
     assert by_polars.height == by_duckdb.num_rows == expected.num_rows > 0
@@ -70,9 +73,10 @@ def test_every_column_of_every_table_reads_the_same_in_delta_rs_duckdb_and_polar
 def test_an_analyst_without_spark_finds_the_least_relevant_pairs_in_sql(written: str) -> None:
     pairs = DeltaTable(f"{written}/pairs").to_pyarrow_table()  # noqa: F841
     label_probs = DeltaTable(f"{written}/label_probs").to_pyarrow_table()  # noqa: F841
-    found = duckdb.sql(
+    relation: Any = duckdb.sql(
         "SELECT title, round(p_irrelevant, 3) AS p FROM pairs JOIN label_probs USING (pair_id) ORDER BY p DESC LIMIT 3"
-    ).fetchall()
+    )
+    found = relation.fetchall()
     assert len(found) == 3
     assert found[0][1] >= found[2][1] > 0
 

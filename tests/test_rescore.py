@@ -102,6 +102,7 @@ def test_only_the_pairs_of_a_changed_product_are_scored_again(spark: SparkSessio
     assert run.counts["scored"] == 4
 
 
+@pytest.mark.slow
 def test_a_lost_checkpoint_costs_no_tokens(spark: SparkSession, root: str) -> None:
     import shutil
 
@@ -152,6 +153,7 @@ def test_a_prompt_that_is_too_long_gets_a_row_without_probabilities(spark: Spark
     assert (run.counts["scored"], run.counts["refused"]) == (12, 4)
 
 
+@pytest.mark.slow
 def test_rows_of_removed_pairs_go_at_the_next_start_for_all_models(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
     rescore(spark, root, scoring())
@@ -186,7 +188,7 @@ def test_an_engine_that_disagrees_with_itself_writes_nothing(spark: SparkSession
     assert delta.read(spark, root, "models").isEmpty()
 
 
-@pytest.mark.parametrize("how", ["killed", "hangs"])
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.slow), "hangs"])
 def test_an_engine_that_dies_takes_its_worker_along_and_the_retry_scores_all(
     spark: SparkSession, root: str, tmp_path: Path, how: str
 ) -> None:
