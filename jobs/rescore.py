@@ -26,7 +26,7 @@ from pyspark.sql import functions as F
 
 import demo.model
 from partitioner import engines, prefix
-from schemas import delta, runs
+from schemas import delta, files, runs
 from schemas.labels import P_COLUMNS
 from udfs import selfcheck
 from udfs.engine import Engine, EngineSettings, load
@@ -244,7 +244,7 @@ class Night:
         parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
         prompts = rendered(pairs, self.what.prompt)
         prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
-        return prefix.line(self.spark.read.parquet(landed), self.what.settings.block_size)
+        return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
 
     def check_first_use(self, line: prefix.Line) -> None:
         """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
@@ -306,7 +306,7 @@ class Night:
         with engines.own_workers(self.spark):
             scored = rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
             scored.write.parquet(landed, mode="overwrite")
-        scored = self.spark.read.parquet(landed)
+        scored = self.spark.read.parquet(files.literal(landed))
         figures = self._figures(scored)
         if not figures["rows"]:
             return 0
