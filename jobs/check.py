@@ -26,7 +26,7 @@ from schemas import delta
 from udfs import selfcheck
 from udfs.decode import label_probs
 from udfs.engine import EngineSettings, VllmEngine
-from udfs.prompt import Prompt, Renderer
+from udfs.prompt import Prompt, renderer
 from udfs.render import PRODUCT_TEXT, product_text
 
 ALLOWED = 1e-3  # |Δp| between engine and plain model, both in float32
@@ -75,7 +75,7 @@ def from_tables(root: str, count: int) -> list[dict[str, Any]]:
 
 def prompts(prompt: Prompt, pairs: Sequence[dict[str, Any]]) -> Prompts:
     """The pairs' prompts as token ids."""
-    render = Renderer(prompt)
+    render = renderer(prompt)
     return [render.join(render.product(**product_text(pair)), render.query(pair["query"])) for pair in pairs]
 
 

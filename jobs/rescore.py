@@ -31,7 +31,7 @@ from schemas.labels import P_COLUMNS
 from udfs import selfcheck
 from udfs.engine import Engine, EngineSettings, load
 from udfs.model import Model, inspect
-from udfs.prompt import Prompt, Renderer
+from udfs.prompt import Prompt, renderer
 from udfs.prompt import load as load_prompt
 from udfs.render import product_text, rendered
 from udfs.score import scored_schema, scorer
@@ -402,7 +402,7 @@ def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]
     """
     if model.canaries_file is None:
         return []
-    render = Renderer(prompt)
+    render = renderer(prompt)
     expected = []
     for canary in json.loads(Path(model.canaries_file).read_text(encoding="utf-8")):
         try:

@@ -115,7 +115,6 @@ class VllmEngine:
     """One vLLM engine in this process. Loading takes 10 to 60 s on CPU, minutes for a large model on GPUs."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        started = time.monotonic()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # see the first lines of this file
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing calls home
@@ -159,7 +158,6 @@ class VllmEngine:
         self.dtype = str(self._engine.model_config.dtype).removeprefix("torch.")
         self.max_model_len = int(self._engine.model_config.max_model_len)
         self.busy_seconds = 0.0
-        self.load_seconds = time.monotonic() - started
 
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
@@ -243,7 +241,7 @@ _loaded: dict[EngineSettings, VllmEngine] = {}
 def load(settings: EngineSettings) -> Engine:
     """The engine of this worker process: loaded at the first call, the same one at every later call.
 
-    Other settings than the last call's end the process's engine first; two do not fit beside each other.
+    Raises RuntimeError for other settings than the last call's: two engines do not fit beside each other.
     """
     if settings not in _loaded:
         if _loaded:

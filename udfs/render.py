@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from schemas import tables
-from udfs.prompt import Part, Prompt, Renderer
+from udfs.prompt import Part, Prompt, Renderer, renderer
 
 PRODUCT_TEXT = ("title", "brand", "description", "attributes", "category")
 _PARTS = pa.struct([("ids", pa.list_(pa.int32())), ("cut", pa.int32())])
@@ -73,7 +73,7 @@ def _tokenise(
     """Keeps the first column (the key) and puts the part's ids and cut beside it."""
 
     def tokenise(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        compiled = Renderer(prompt)
+        compiled = renderer(prompt)
         for batch in batches:
             parts = [part(compiled, row) for row in batch.to_pylist()]
             tokenised = pa.array([{"ids": p.ids, "cut": p.cut} for p in parts], type=_PARTS)

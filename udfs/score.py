@@ -163,26 +163,23 @@ def _read_ahead(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch | 
     ready: queue.Queue[pa.RecordBatch | BaseException | None] = queue.Queue(_READ_AHEAD)
     stopped = threading.Event()
 
+    def put(item: pa.RecordBatch | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=1)
+            except queue.Full:
+                continue
+
     def read() -> None:
         last: BaseException | None = None
         try:
             for batch in batches:
-                while not stopped.is_set():
-                    try:
-                        ready.put(batch, timeout=1)
-                        break
-                    except queue.Full:
-                        continue
+                put(batch)
                 if stopped.is_set():
                     return
         except BaseException as error:  # carried over to the thread that scores
             last = error
-        while not stopped.is_set():
-            try:
-                ready.put(last, timeout=1)
-                return
-            except queue.Full:
-                continue
+        put(last)
 
     thread = threading.Thread(target=read, name="read-ahead", daemon=True)
     thread.start()
