@@ -38,9 +38,9 @@ archive: setup ## dist/taosr1.zip, for the --py-files of a plain spark-submit
 
 lock: .venv/uv ## writes requirements/*.txt anew from pyproject.toml; `make lock UPGRADE=--upgrade` takes the newest
 	$(COMPILE) $(UPGRADE) --group pyproject.toml:lock --output-file requirements/uv.txt
-	$(COMPILE) $(UPGRADE) pyproject.toml --extra cpu --extra demo --extra test --override requirements/overrides.txt \
+	$(COMPILE) $(UPGRADE) pyproject.toml --extra cpu --extra train --extra demo --extra test --override requirements/overrides.txt \
 		--override requirements/overrides-cpu.txt --output-file requirements/cpu.txt
-	$(COMPILE) $(UPGRADE) pyproject.toml --extra cuda --extra demo --extra test --override requirements/overrides.txt \
+	$(COMPILE) $(UPGRADE) pyproject.toml --extra cuda --extra train --extra demo --extra test --override requirements/overrides.txt \
 		--output-file requirements/cuda.txt
 
 clean: ## removes all that was built, .venv and the demo's model too

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from udfs.prompt import FIELDS, Part, Prompt, Renderer, load, renderer
+from udfs.prompt import FIELDS, Part, Prompt, Renderer, Segment, load, renderer
 from udfs.tokens import DataTokenizer
 
 SENTENCES = [
@@ -202,9 +202,10 @@ def test_no_text_in_any_field_becomes_a_control_token(family: str) -> None:
     text = hostile(family)
     tokenizer = DataTokenizer(prompt.tokenizer_json, prompt.reserved)
 
-    def data(value: str | None, budget: int) -> list[int]:
-        found = [i for i in tokenizer.ids(value) if i is not None] if value and not value.isspace() else []
-        return found[:budget]
+    def data(value: str | None, segment: Segment) -> list[int]:
+        told = value and not value.isspace()
+        found = [i for i in tokenizer.ids(f"{segment.lead}{value}") if i is not None] if told else []
+        return found[: segment.budget]
 
     @settings(max_examples=60, deadline=None)
     @given(text, text, text, st.dictionaries(text, text, max_size=3), text, text)
@@ -218,7 +219,7 @@ def test_no_text_in_any_field_becomes_a_control_token(family: str) -> None:
         for segments in (prompt.product, prompt.query):
             pieces = []
             for s in segments:
-                found = data(texts.get(s.field), s.budget)
+                found = data(texts.get(s.field), s)
                 assert prompt.reserved.isdisjoint(found)
                 if found or s.field in ("", "query"):
                     pieces.append((s, found))
@@ -291,6 +292,15 @@ def test_half_a_character_is_refused() -> None:
 
 
 # --- two parts, each pure ---
+
+
+def test_the_space_before_a_field_belongs_to_its_first_word() -> None:
+    spec = tokenizer_json("byte_level")
+    ids = Tokenizer.from_str(spec).encode
+    segments = [segment("title", "Product: ", "\n"), segment("query", "Query:"), {"text": "<|im_end|>\n"}]
+    made = Renderer(load(template("<|im_end|>\n", segments=segments), spec, 500))
+    assert made.product("red shoes").ids == [*ids("Product:").ids, *ids(" red shoes").ids, *ids("\n").ids]
+    assert made.query("red shoes").ids == [*ids("Query:").ids, *ids("red shoes").ids, *ids("<|im_end|>\n").ids]
 
 
 def test_the_golden_prompt_of_the_byte_tokenizer() -> None:

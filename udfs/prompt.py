@@ -29,12 +29,17 @@ _FIELD_KEYS = {"field", "before", "after", "budget"}
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the prompt: `before`, the field's ids (at most `budget`), `after`; fixed text has `field` empty."""
+    """A stretch of the prompt: `before`, the field's ids (at most `budget`), `after`; fixed text has `field` empty.
+
+    `lead` is what the field's text is tokenised behind: the space that its `before` ends in. "Product: " and "kettle"
+    apart are a lone space and the pieces of a word that no text begins with; "Product:" and " kettle" are two words.
+    """
 
     field: str
     before: tuple[int, ...]
     after: tuple[int, ...] = ()
     budget: int = 0
+    lead: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class _Text(NamedTuple):
     before: str
     after: str
     budget: int
+    lead: str
 
 
 class Part(NamedTuple):
@@ -89,7 +95,8 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], tokenizer_json: str
     second = _where_the_second_part_begins([text.field for text in texts])
     tokenizer = template_tokenizer(tokenizer_json)
     segments = [
-        Segment(t.field, template_ids(tokenizer, t.before), template_ids(tokenizer, t.after), t.budget) for t in texts
+        Segment(t.field, template_ids(tokenizer, t.before), template_ids(tokenizer, t.after), t.budget, t.lead)
+        for t in texts
     ]
     label_ids = _label_ids(tokenizer, spec["labels"], texts[-1].after if texts[-1].field else texts[-1].before)
     highest = max({i for s in segments for i in (*s.before, *s.after)} | set(label_ids))
@@ -164,7 +171,7 @@ class Renderer:
         cut = 0
         for segment in segments:
             text = texts.get(segment.field)
-            ids, lost = self._field(text, segment.budget) if text and not text.isspace() else ([], 0)
+            ids, lost = self._field(segment.lead + text, segment.budget) if text and not text.isspace() else ([], 0)
             cut += lost
             if ids or segment.field in ("", "query"):
                 pieces += [segment.before, ids, segment.after]
@@ -224,11 +231,12 @@ def _checked(segment: Any) -> _Text:
         if not isinstance(segment[key], str):
             raise ValueError(f"{key} is {segment[key]!r} in a segment; it must be a string. Put it in quotes.")
     if is_text:
-        return _Text("", segment["text"], "", 0)
+        return _Text("", segment["text"], "", 0, "")
     if segment["field"] not in FIELDS:
         raise ValueError(f"field {segment['field']!r} is unknown; name one of {', '.join(FIELDS)}.")
     _positive(f"budget of field {segment['field']}", segment["budget"])
-    return _Text(**segment)
+    before, lead = (segment["before"][:-1], " ") if segment["before"].endswith(" ") else (segment["before"], "")
+    return _Text(segment["field"], before, segment["after"], segment["budget"], lead)
 
 
 def _where_the_second_part_begins(fields: list[str]) -> int:
