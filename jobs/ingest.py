@@ -224,23 +224,8 @@ class Intake:
             some = ", ".join(sorted(found.skipped)[:_NAMES_TOLD])
             self.told.append(f"{JOB}: {len(found.skipped):,} files of another kind were passed over: {some}")
         if self.counts["quarantined"]:
-            self.quarantine(bad)
+            self.told += inputs.quarantine(self.spark, self.root, bad, self.source, JOB, self.now)
         return good, bad
-
-    def quarantine(self, bad: DataFrame) -> None:
-        """Keeps each bad row with its reason, once, however often it comes."""
-        named = bad.select(
-            tables.hash_fields([F.col("raw"), F.col("reason")]).alias("row_hash"),
-            F.struct("line", F.col("path").alias("file"), F.col("raw").alias("row"), "reason").alias("r"),
-        )
-        rows = named.groupBy("row_hash").agg(F.min("r").alias("r")).select("row_hash", "r.*")
-        rows = rows.withColumns({"source": F.lit(self.source), "stage": F.lit(JOB), "seen_at": self.now})
-        delta.upsert(self.spark, self.root, "quarantine", rows)
-        kinds = bad.groupBy(F.substring_index("reason", ":", 1).alias("kind")).count()
-        for row in kinds.orderBy(F.desc("count"), "kind").limit(5).collect():
-            self.told.append(f"{JOB}:   {row['count']:,} quarantined for: {row['kind']}")
-        ask = f"SELECT reason, file, line, row FROM quarantine WHERE source = '{self.source}'"  # noqa: S608 (only shown)
-        self.told.append(f'{JOB}: look at them with: sql --tables {self.root} "{ask}"')
 
     def followers(self, unique: DataFrame, others: DataFrame) -> DataFrame:
         """Stored pairs that the input does not name, with the new text of their product: one product has one text."""

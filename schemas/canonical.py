@@ -37,6 +37,7 @@ PAIR_FIELDS = (
     "split",
 )
 PRODUCT_FIELDS = ("product_id", "locale", *TEXTS)
+CHAIN_FIELDS = ("query", "product_id", "locale", "label", "chain")
 DELETE_FIELDS = ("product_id", "locale", "query")
 SPLITS = ("train", "dev", "test")
 
@@ -68,6 +69,7 @@ class Accepted:
     weight: float | None = None
     gold_weight: float | None = None
     split: str | None = None
+    chain: str | None = None
     given: list[str] = field(default_factory=list)
 
 
@@ -137,6 +139,21 @@ def accept_deletion(record: Mapping[str, object]) -> Accepted | str:
             if not query:
                 raise _Refused("missing: query is empty; leave the field out to delete all pairs of the product")
         return Accepted(product_id=_product_id(record), locale=_locale(record), query=query)
+    except _Refused as refused:
+        return str(refused)
+
+
+def accept_chain(record: Mapping[str, object]) -> Accepted | str:
+    """A chain of reasoning for a pair, and the label that it was written for; or the reason why not."""
+    try:
+        query, product_id, locale = _query(record), _product_id(record), _locale(record)
+        label = _label("label", record.get("label"))
+        if label is None:
+            raise _Refused("missing: label")
+        chain = _required(record, "chain", _CONTROL_IN_LONG)
+        if not any(c.isalnum() for c in chain):
+            raise _Refused(f"blank: chain {_shown(chain)} has no letter and no digit")
+        return Accepted(query=query, product_id=product_id, locale=locale, label=label, chain=chain)
     except _Refused as refused:
         return str(refused)
 

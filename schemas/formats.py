@@ -56,6 +56,7 @@ ROW = pa.schema(
         "weight": pa.float64(),
         "gold_weight": pa.float64(),
         "split": pa.string(),
+        "chain": pa.string(),
         "given": pa.list_(pa.string()),
         "normalised": pa.string(),
         "drawn_split": pa.string(),
@@ -76,6 +77,7 @@ class Wanted:
 PAIRS = Wanted(canonical.PAIR_FIELDS, ("query", "product_id", "title"), canonical.accept)
 PRODUCTS = Wanted(canonical.PRODUCT_FIELDS, ("product_id",), canonical.accept_product)
 DELETIONS = Wanted(canonical.DELETE_FIELDS, ("product_id",), canonical.accept_deletion)
+CHAINS = Wanted(canonical.CHAIN_FIELDS, ("query", "product_id", "label", "chain"), canonical.accept_chain)
 
 
 _INTEGERS = (T.ByteType, T.ShortType, T.IntegerType, T.LongType)

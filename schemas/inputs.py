@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from schemas import files, formats, published, tables
+from schemas import delta, files, formats, published, tables
 from schemas.files import File
 from schemas.formats import Wanted
 
@@ -147,6 +147,24 @@ def _landed(spark: SparkSession, found: Input, folder: str) -> Input:
             break
         found = found.without(wrong)
     return found
+
+
+def quarantine(spark: SparkSession, root: str, bad: DataFrame, source: str, stage: str, now: Column) -> list[str]:
+    """Keeps each bad row (of `Judged.rows`) with its reason, once, however often it comes; returns what to tell."""
+    named = bad.select(
+        tables.hash_fields([F.col("raw"), F.col("reason")]).alias("row_hash"),
+        F.struct("line", F.col("path").alias("file"), F.col("raw").alias("row"), "reason").alias("r"),
+    )
+    rows = named.groupBy("row_hash").agg(F.min("r").alias("r")).select("row_hash", "r.*")
+    rows = rows.withColumns({"source": F.lit(source), "stage": F.lit(stage), "seen_at": now})
+    delta.upsert(spark, root, "quarantine", rows)
+    kinds = bad.groupBy(F.substring_index("reason", ":", 1).alias("kind")).count()
+    counted = kinds.orderBy(F.desc("count"), "kind").limit(5).collect()
+    ask = f"SELECT reason, file, line, row FROM quarantine WHERE source = '{source}'"  # noqa: S608 (only shown)
+    return [
+        *(f"{stage}:   {row['count']:,} quarantined for: {row['kind']}" for row in counted),
+        f'{stage}: look at them with: sql --tables {root} "{ask}"',
+    ]
 
 
 def contradictions(

@@ -23,3 +23,12 @@ OUTCOMES = {
     "not_finite": "the model's answer was not a number, or none of the four labels had any mass",
     "engine_failed": "the engine died on this pair",
 }
+
+# Why a chain is not taught. A kept chain has none of these.
+DROPPED = {
+    "other_label": "it was written for another label than the human one",
+    "other_conclusion": "it concludes another label than the human one",
+    "no_conclusion": "it does not end in a conclusion of its own, or has nothing that leads to it",
+    "unfinished": "the teacher reached its token limit before it ended",
+    "too_long": "the teacher's prompt does not fit into its context",
+}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pyspark.sql import Column
 from pyspark.sql import functions as F
 
-from schemas.labels import OUTCOMES, P_COLUMNS
+from schemas.labels import DROPPED, OUTCOMES, P_COLUMNS
 
 # Reader protocol 1 for all: these three are what delta-rs and Polars stumble over.
 _READABLE = {
@@ -143,6 +143,28 @@ LABEL_PROBS = Table(
     cluster_by=("model_id", "pair_id"),
 )
 
+CHAINS = Table(
+    "chains",
+    "A chain of reasoning for a judged pair of the train split, as a teacher wrote it",
+    ("pair_id", "teacher"),
+    (
+        Col("pair_id", "STRING", "The judged pair", True),
+        Col("teacher", "STRING", "model_id of the model that wrote it, or file", True),
+        Col("label", "INT", "The human label, 4..1", True),
+        Col("chain", "STRING", "The reasoning as it came, the closing statement included", True),
+        Col("kept", "BOOLEAN", "Whether it may be taught: its own conclusion is the human label", True),
+        Col("reason", "STRING", "; ".join(f"{k}: {v}" for k, v in DROPPED.items()) + "; null where it was kept"),
+        Col("content_hash", "STRING", "content_hash of the pairs row that it is about; older text if it differs", True),
+        Col("run_id", "STRING", "The run that brought it, in runs", True),
+        Col("created_at", "TIMESTAMP", "When it was written", True),
+    ),
+    {
+        "label_range": "label BETWEEN 1 AND 4",
+        "reason_named": "reason IS NULL OR reason IN (" + ", ".join(f"'{r}'" for r in DROPPED) + ")",
+        "kept_or_why": "kept = (reason IS NULL)",
+    },
+)
+
 MODELS = Table(
     "models",
     "A model that may score",
@@ -206,7 +228,7 @@ RUNS = Table(
     {"status_named": "status IN ('running', 'done', 'failed')"},
 )
 
-TABLES = {t.name: t for t in (PAIRS, GOLD, LABEL_PROBS, MODELS, QUARANTINE, RUNS)}
+TABLES = {t.name: t for t in (PAIRS, GOLD, LABEL_PROBS, CHAINS, MODELS, QUARANTINE, RUNS)}
 
 
 def netstring(text: Column) -> Column:

@@ -63,6 +63,7 @@ def tiny_model(folder: Path, width: int = 64, layers: int = 2) -> Path:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.2,
+        eos_token_id=Tokenizer.from_str(tiny_tokenizer()).token_to_id("<|im_end|>"),
         dtype="float32",
     )
     model: Any = Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]

@@ -1,0 +1,23 @@
+"""Which pairs of a split have a human label, and which label: one judgement a pair, whatever the number of sources."""
+
+from __future__ import annotations
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from schemas import delta
+
+
+def judged(spark: SparkSession, root: str, split: str, source: str | None = None) -> DataFrame:
+    """Rows of `pairs` that were judged and belong to `split`, with `label`.
+
+    `label` is null where sources disagree: which of them is right is not for a job to guess. A pair that any source
+    puts into another split is left out, so nothing held out slips in by a second source. `source` keeps one source's.
+    """
+    gold = delta.read(spark, root, "gold")
+    splits = gold.groupBy("pair_id").agg(F.min("split").alias("low"), F.max("split").alias("high"))
+    mine = splits.where((F.col("low") == split) & (F.col("high") == split)).select("pair_id")
+    chosen = gold if source is None else gold.where(F.col("source") == source)
+    one = F.when(F.min("label") == F.max("label"), F.min("label"))
+    labels = chosen.groupBy("pair_id").agg(one.alias("label")).join(mine, "pair_id", how="left_semi")
+    return delta.read(spark, root, "pairs").join(labels, "pair_id", how="inner")
