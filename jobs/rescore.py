@@ -26,9 +26,9 @@ from pyspark.sql import functions as F
 
 import demo.model
 from partitioner import engines, prefix
-from schemas import delta, files, runs
+from schemas import delta, files, runs, tables
 from schemas.labels import P_COLUMNS
-from udfs import selfcheck
+from udfs import adapter, selfcheck
 from udfs.engine import Engine, EngineSettings, load
 from udfs.model import Model, inspect
 from udfs.prompt import Prompt, renderer
@@ -102,6 +102,8 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
 
 def model_folder(name: str) -> tuple[str, str] | None:
     """Folder and stage of `--model NAME` where no table is needed to tell; None for what may be a model_id."""
+    if name == "demo-base":
+        return str(demo.model.demo_model()), "base"
     if name == "demo":
         return str(demo.model.demo_model()), "base"
     if len(name) == 16 and set(name) <= set("0123456789abcdef") and not Path(name).exists():
@@ -280,8 +282,7 @@ class Night:
                     "version of vllm, or look at the model with: check --parity --model " + what.model.path
                 )
         self._rate = found["tokens_per_second"]
-        values = metrics | {name: found["self_check_dp"], "tokens_per_second": self._rate}
-        self._register(values, row["created_at"] if row else datetime.now(UTC))
+        self._register({name: found["self_check_dp"], "tokens_per_second": self._rate})
 
     def score_line(self, line: prefix.Line, version: int, name: str) -> None:
         """Scores a line in waves of about `WAVE_SECONDS`; each is landed, checked, and merged in one commit."""
@@ -386,13 +387,25 @@ class Night:
     def _profile(self) -> ResourceProfile | None:
         return engines.profile(self.spark, self.what.settings.tensor_parallel)
 
-    def _register(self, metrics: dict[str, float], created_at: datetime) -> None:
-        model = self.what.model
-        row = (
-            model.model_id, model.path, model.architecture, self.what.stage, None, model.weights_hash, None, metrics,
-            created_at,
-        )  # fmt: skip
-        delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [row]))
+    def _register(self, metrics: dict[str, float]) -> None:
+        """What is known of the model stays; a folder that was trained elsewhere tells its story in training.json."""
+        model, recipe = self.what.model, adapter.recipe(self.what.model.path)
+        row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == model.model_id).head()
+        known = row.asDict() if row else {
+            "model_id": model.model_id,
+            "base": recipe.get("base", model.architecture),
+            "stage": recipe.get("stage", self.what.stage),
+            "weights_hash": model.weights_hash,
+            "created_at": datetime.now(UTC),
+            **{name: recipe.get(name) for name in ("prompt_id", "parent_id", "data_hash", "trained_on")},
+            "config": {name: str(value) for name, value in recipe.get("settings", {}).items()},
+        }  # fmt: skip
+        known |= {
+            "path": model.path,
+            "metrics": {**recipe.get("metrics", {}), **(known.get("metrics") or {}), **metrics},
+        }
+        values = [known.get(name) for name in tables.MODELS.names]
+        delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [values]))
 
 
 def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:

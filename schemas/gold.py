@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from schemas import delta
+from schemas.canonical import normalised
 
 
 def judged(spark: SparkSession, root: str, split: str, source: str | None = None) -> DataFrame:
@@ -21,3 +25,20 @@ def judged(spark: SparkSession, root: str, split: str, source: str | None = None
     one = F.when(F.min("label") == F.max("label"), F.min("label"))
     labels = chosen.groupBy("pair_id").agg(one.alias("label")).join(mine, "pair_id", how="left_semi")
     return delta.read(spark, root, "pairs").join(labels, "pair_id", how="inner")
+
+
+def leaked(spark: SparkSession, root: str, pairs: DataFrame) -> list[str]:
+    """Queries of `pairs` (normalised, up to five) that any source holds out, under whatever product or locale."""
+    held_out = delta.read(spark, root, "gold").where("split <> 'train'").select("pair_id")
+    queries = delta.read(spark, root, "pairs").join(held_out, "pair_id", how="left_semi")
+    both = _spelt(pairs).join(_spelt(queries), "spelt", how="left_semi")
+    return [row["spelt"] for row in both.limit(5).collect()]
+
+
+def _spelt(rows: DataFrame) -> DataFrame:
+    def spell(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            spelt = pa.array([normalised(query) for query in batch.column(0).to_pylist()], pa.string())
+            yield pa.RecordBatch.from_arrays([spelt], names=["spelt"])
+
+    return rows.select("query").distinct().mapInArrow(spell, "spelt STRING").distinct()

@@ -179,7 +179,33 @@ MODELS = Table(
         Col("parent_id", "STRING", "The model that it was trained from"),
         Col("metrics", "MAP<STRING,DOUBLE>", "What was measured of it, the first-use self check among them"),
         Col("created_at", "TIMESTAMP", "When it was registered", True),
+        Col("data_hash", "STRING", "Hash of the rows that its stage was trained on; null: not trained here"),
+        Col("config", "MAP<STRING,STRING>", "The stage's settings"),
+        Col("trained_on", "ARRAY<STRING>", "Sources of gold whose train split it or a parent saw; null: none known"),
     ),
+)
+
+PREFERENCES = Table(
+    "preferences",
+    "A right answer of a model set against a wrong one, to the same judged pair of the train split",
+    ("pair_id", "model_id", "prompt_id", "run_id", "chosen_sample", "rejected_sample"),
+    (
+        Col("pair_id", "STRING", "The judged pair", True),
+        Col("model_id", "STRING", "The model that gave both answers", True),
+        Col("prompt_id", "STRING", "The prompt it was asked with", True),
+        Col("run_id", "STRING", "The run of sample that drew them", True),
+        Col("chosen_sample", "INT", "Number of the right answer in samples", True),
+        Col("rejected_sample", "INT", "Number of the wrong answer in samples", True),
+        Col("label", "INT", "The human label, which is the right answer's, 4..1", True),
+        Col("chosen_chain", "STRING", "The right answer's reasoning; it concludes the label", True),
+        Col("rejected_label", "INT", "The wrong answer's label, 4..1", True),
+        Col("rejected_chain", "STRING", "The wrong answer's reasoning", True),
+        Col("created_at", "TIMESTAMP", "When it was built", True),
+    ),
+    {
+        "label_range": "label BETWEEN 1 AND 4 AND rejected_label BETWEEN 1 AND 4",
+        "right_against_wrong": "label <> rejected_label",
+    },
 )
 
 QUARANTINE = Table(
@@ -228,7 +254,7 @@ RUNS = Table(
     {"status_named": "status IN ('running', 'done', 'failed')"},
 )
 
-TABLES = {t.name: t for t in (PAIRS, GOLD, LABEL_PROBS, CHAINS, MODELS, QUARANTINE, RUNS)}
+TABLES = {t.name: t for t in (PAIRS, GOLD, LABEL_PROBS, CHAINS, PREFERENCES, MODELS, QUARANTINE, RUNS)}
 
 
 def netstring(text: Column) -> Column:

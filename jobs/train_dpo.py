@@ -1,0 +1,145 @@
+"""DPO on the model's own answers: right ones preferred to wrong ones of the same pair (TaoSR1, section 3.2).
+
+train_dpo --tables T --model PARENT --out DIR
+
+PARENT must have sampled the train split (`sample --model PARENT`). Of each pair that it got both right and wrong, a few
+right answers are set against wrong ones in the table `preferences`; pairs without a right answer cannot teach here and
+are counted and listed: they are the teacher's next work. What is made lies in DIR and is registered in `models`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from jobs import train_sft
+from schemas import delta
+from schemas.labels import LABELS, NAMES
+from schemas.tables import PREFERENCES
+from udfs.render import rendered
+
+JOB = "train_dpo"
+LISTED = 10  # all-wrong pairs that are printed
+NEVER_RIGHT = "SELECT run_id, pair_id FROM samples GROUP BY run_id, pair_id HAVING NOT bool_or(correct)"
+
+
+def main(argv: list[str]) -> int:
+    """Builds the preferences, trains and registers; returns 0."""
+    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    train_sft.add_training_flags(parser, learning_rate=5e-5, epochs=1)
+    parser.add_argument("--beta", type=float, default=0.1, help="how dear it is to move away from the parent")
+    parser.add_argument("--per-pair", type=int, default=2, metavar="N", help="preferences of one pair, at most")
+    args = parser.parse_args(argv)
+    if args.per_pair < 1:
+        raise ValueError(f"--per-pair {args.per_pair}: at least 1 preference of a pair is needed")
+    spark = delta.session(JOB)
+    delta.prepare(spark, args.tables)
+    lesson = train_sft.read_lesson(spark, args)
+    how = train_sft.settings(args, lesson, "dpo", beta=args.beta)
+    answers = samples(spark, args, lesson)
+    chosen = preferences(answers, args.per_pair, args.seed)
+    delta.upsert(spark, args.tables, "preferences", chosen)
+    tell(spark, args, answers, chosen)
+    pairs = train_sft.train_pairs(spark, args).join(chosen.select("pair_id").distinct(), "pair_id", how="left_semi")
+    rows = rendered(pairs, lesson.prompt).select("pair_id", "ids").join(chosen, "pair_id", how="inner")
+    data: list[dict[str, Any]] = [
+        {
+            "pair_id": row["pair_id"],
+            "prompt": row["ids"],
+            "chosen": lesson.form.target(row["label"], row["chosen_chain"]),
+            "rejected": lesson.form.target(row["rejected_label"], row["rejected_chain"]),
+        }
+        for row in rows.orderBy("ids", "chosen_sample", "rejected_sample").toArrow().to_pylist()
+    ]
+    if not data:
+        raise ValueError(
+            "no train pair was answered both rightly and wrongly, so there is nothing to prefer; sample more answers "
+            f"(sample --tables {args.tables} --model {args.model} --n 16), or go on with train_grpo"
+        )
+    train_sft.train(spark, args, lesson, how, data)
+    return 0
+
+
+def samples(spark: SparkSession, args: argparse.Namespace, lesson: train_sft.Lesson) -> DataFrame:
+    """The parent's answers to the present text of train pairs, of its newest run. Raises ValueError without any."""
+    pairs = train_sft.train_pairs(spark, args).select("pair_id", "label", "content_hash")
+    asked = delta.read(spark, args.tables, "samples").where(
+        (F.col("model_id") == lesson.parent.model_id) & (F.col("prompt_id") == lesson.prompt.prompt_id)
+    )
+    newest = asked.agg(F.max("run_id")).collect()[0][0]
+    found = asked.where(F.col("run_id") == newest).join(
+        pairs.drop("label"), ["pair_id", "content_hash"], how="left_semi"
+    )
+    if newest is None or found.isEmpty():
+        raise ValueError(
+            f"model {lesson.parent.model_id} has not answered any train pair yet; ask it: sample --tables "
+            f"{args.tables} --model {args.model} --split train"
+        )
+    return found
+
+
+def preferences(answers: DataFrame, per_pair: int, seed: int) -> DataFrame:
+    """Right against wrong answers of the same pair, as rows of `preferences`.
+
+    A right answer is finished, has the human label and a chain that concludes it; a wrong one is finished and has
+    another label. Equal answers count once. Of each pair at most `per_pair`, chosen by a hash; of each human label at
+    most twice as many as of the rarest, so that the common labels do not drown it.
+    """
+    told = ["pair_id", "model_id", "prompt_id", "run_id", "gold", "content_hash"]
+    finished = answers.where("finished AND label IS NOT NULL")
+
+    def side(rows: DataFrame, name: str) -> DataFrame:
+        once = rows.groupBy(*told, "label", "chain").agg(F.min("sample").alias("sample"))
+        order = Window.partitionBy("pair_id").orderBy(F.xxhash64("pair_id", "sample", F.lit(seed)))
+        return once.withColumn("place", F.row_number().over(order)).select(
+            *told,
+            "place",
+            F.col("sample").alias(f"{name}_sample"),
+            F.col("label").alias(f"{name}_label"),
+            F.col("chain").alias(f"{name}_chain"),
+        )
+
+    right = side(finished.where("correct AND agrees"), "chosen")
+    wrong = side(finished.where("NOT correct"), "rejected")
+    # The first right with the first wrong, the second with the second; what one side lacks does not repeat the other.
+    matched = right.join(wrong, [*told, "place"], how="inner").where(F.col("place") <= per_pair)
+    order = Window.partitionBy("gold").orderBy(F.xxhash64("pair_id", F.lit(seed)), "place")
+    rarest = matched.groupBy("gold").count().agg(F.min("count").alias("rarest"))
+    balanced = matched.withColumn("rank", F.row_number().over(order)).crossJoin(rarest).where("rank <= 2 * rarest")
+    return (
+        balanced.withColumn("label", F.col("gold"))
+        .withColumn("created_at", F.current_timestamp())
+        .select(*PREFERENCES.names)
+    )
+
+
+def tell(spark: SparkSession, args: argparse.Namespace, answers: DataFrame, chosen: DataFrame) -> None:
+    """What there was to prefer, by label, and which pairs nobody got right."""
+    by_pair = answers.groupBy("pair_id", "gold").agg(
+        F.sum(F.col("correct").cast("int")).alias("right"), F.count("*").alias("n")
+    )
+    sides = (
+        by_pair.groupBy("gold")
+        .agg(
+            F.count("*").alias("pairs"),
+            F.sum((F.col("right") == 0).cast("int")).alias("all_wrong"),
+            F.sum((F.col("right") == F.col("n")).cast("int")).alias("all_right"),
+        )
+        .collect()
+    )
+    made = {row["label"]: row["count"] for row in chosen.groupBy("label").count().collect()}
+    found = {row["gold"]: row for row in sides}
+    for label in LABELS:
+        if row := found.get(label):
+            print(
+                f"{JOB}:   {label} {NAMES[label]}: {made.get(label, 0):,} preferences of {row['pairs']:,} pairs "
+                f"({row['all_right']:,} always right, {row['all_wrong']:,} never)"
+            )
+    never = by_pair.where("right = 0").join(delta.read(spark, args.tables, "pairs"), "pair_id", how="inner")
+    for row in never.orderBy(F.xxhash64("pair_id")).limit(LISTED).collect():
+        print(f"{JOB}:   never right: {row['gold']} {row['query'][:60]!r} and {row['title'][:60]!r}")
+    if total := sum(row["all_wrong"] for row in sides):
+        print(f"{JOB}: {total:,} pairs were never right; list them: {NEVER_RIGHT}", flush=True)

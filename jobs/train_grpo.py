@@ -1,0 +1,90 @@
+"""GRPO with difficulty-based dynamic sampling: the last stage of a model (TaoSR1, section 3.3).
+
+train_grpo --tables T --model PARENT --out DIR --steps N
+
+The policy answers train pairs in groups and learns from what sets a group's better answers apart. Pairs that it always
+or never gets right are left out, harder ones are drawn oftener, and pass rates are read off the policy anew every R
+steps. Rewards (a right label, an answer's form, a chain that concludes its label) are logged apart, with KL, entropy,
+length and the share of groups without spread, in DIR/log.jsonl and as charts in DIR/log.html. `--sampling uniform`
+draws all pairs alike, to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pyspark.sql import functions as F
+
+from jobs import train_sft
+from schemas import delta
+from udfs.render import rendered
+
+JOB = "train_grpo"
+
+
+def main(argv: list[str]) -> int:
+    """Trains and registers; returns 0."""
+    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    train_sft.add_training_flags(parser, learning_rate=3e-5, epochs=1)
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the optimizer")
+    parser.add_argument("--groups", type=int, default=4, help="pairs in one step and process")
+    parser.add_argument("--group", type=int, default=8, help="answers to a pair")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
+    parser.add_argument(
+        "--generated-tokens", type=int, default=0, help="end after so many tokens of answers (0: never)"
+    )
+    parser.add_argument("--refresh", type=int, default=50, metavar="R", help="steps between readings of the pass rates")
+    parser.add_argument("--sampling", choices=("difficulty", "uniform"), default="difficulty")
+    parser.add_argument("--beta", type=float, default=0.02, help="weight of the KL term")
+    parser.add_argument(
+        "--rewards", type=float, nargs=3, default=(1.0, 0.1, 0.2), metavar=("RIGHT", "FORM", "AGREES"), help="weights"
+    )
+    args = parser.parse_args(argv)
+    for name, least in (("steps", 1), ("groups", 1), ("group", 2), ("max_tokens", 2), ("refresh", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least} is needed")
+    spark = delta.session(JOB)
+    delta.prepare(spark, args.tables)
+    lesson = train_sft.read_lesson(spark, args)
+    how = train_sft.settings(
+        args,
+        lesson,
+        "grpo",
+        beta=args.beta,
+        steps=args.steps,
+        groups=args.groups,
+        group=args.group,
+        max_tokens=args.max_tokens,
+        generated_tokens=args.generated_tokens,
+        refresh=args.refresh,
+        rewards=tuple(args.rewards),
+        uniform=args.sampling == "uniform",
+    )
+    pairs = train_sft.train_pairs(spark, args)
+    asked = delta.read(spark, args.tables, "samples").where(
+        (F.col("model_id") == lesson.parent.model_id) & (F.col("prompt_id") == lesson.prompt.prompt_id)
+    )
+    rates = asked.groupBy("pair_id", "content_hash").agg(F.avg(F.col("correct").cast("double")).alias("rate"))
+    prompts = rendered(pairs, lesson.prompt).select("pair_id", "content_hash", "ids", "group_tokens")
+    rows = (
+        prompts.join(pairs.select("pair_id", "label"), "pair_id", how="inner")
+        .join(rates, ["pair_id", "content_hash"], how="left")
+        .orderBy("ids", "pair_id")
+    )
+    data: list[dict[str, Any]] = [
+        {
+            "pair_id": row["pair_id"],
+            "root": row["ids"][: row["group_tokens"]],
+            "rest": row["ids"][row["group_tokens"] :],
+            "label": row["label"],
+            "rate": row["rate"],
+        }
+        for row in rows.toArrow().to_pylist()
+    ]
+    if not data:
+        raise ValueError(f"there is no judged train pair in {args.tables}; bring some: ingest --pairs FILE")
+    known = sum(row["rate"] is not None for row in data)
+    print(f"{JOB}: {len(data):,} train pairs, {known:,} with sampled answers of this model", flush=True)
+    train_sft.train(spark, args, lesson, how, data, form=lesson.form)
+    return 0

@@ -1,0 +1,256 @@
+"""Supervised fine-tuning on chains of reasoning: the first stage of a model (TaoSR1, section 3.1).
+
+train_sft --tables T --model BASE --out DIR [--order pre]
+
+Teaches `label, then chain` (post-CoT) with the kept chains of the table `chains`, pairs of the train split alone; what
+it makes lies in DIR and is registered in `models`. `--order pre` teaches `chain, then label`, to compare with. Killed,
+the same command goes on from its last checkpoint. BASE is demo-base, a folder, or a registered model_id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+import demo.model
+from jobs import rescore
+from schemas import delta, gold, runs
+from udfs import adapter, answer
+from udfs.model import Model, inspect
+from udfs.prompt import Prompt
+from udfs.prompt import load as load_prompt
+from udfs.render import rendered
+from udfs.train import TrainSettings, land, launch, leave
+
+JOB = "train_sft"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a stage starts from.
+
+    parent: the model before the stage, whole. base: folder of the weights that stay (of which the recipe keeps
+    `base_name`). adapter: the adapter on them that is trained on, or None. trained_on: sources of gold that the parent
+    has seen.
+    """
+
+    parent: Model
+    base: str
+    base_name: str
+    adapter: str | None
+    prompt: Prompt
+    prompt_file: str
+    form: answer.Form
+    trained_on: tuple[str, ...]
+
+
+def add_training_flags(parser: argparse.ArgumentParser, learning_rate: float, epochs: float) -> None:
+    """The flags that the three stages share."""
+    defaults = TrainSettings(stage="", base="", out="")
+    parser.add_argument(
+        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
+    )
+    parser.add_argument("--model", required=True, metavar="M", help="the parent: demo-base, a folder, or a model_id")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder that is made")
+    parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the parent's weights)")
+    parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
+    parser.add_argument("--limit", type=int, metavar="N", help="train on so many pairs, always the same")
+    parser.add_argument("--full", action="store_true", help="train all weights, not a LoRA adapter")
+    parser.add_argument("--rank", type=int, default=defaults.rank, help="of a new adapter")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--epochs", type=float, default=epochs)
+    parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens, help="tokens of one sequence")
+    parser.add_argument("--accumulate", type=int, default=defaults.accumulate, help="sequences in one optimizer step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default=defaults.dtype, choices=("bfloat16", "float32"))
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
+    parser.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every, metavar="STEPS")
+    parser.add_argument("--processes", type=int, default=1, help="training processes, one a GPU (TorchDistributor)")
+
+
+def settings(args: argparse.Namespace, lesson: Lesson, stage: str, **more: Any) -> TrainSettings:
+    """The flags as settings."""
+    return TrainSettings(
+        stage=stage,
+        base=lesson.base,
+        adapter=lesson.adapter,
+        out=str(Path(args.out).absolute()),
+        full=args.full,
+        rank=args.rank,
+        learning_rate=args.learning_rate,
+        epochs=args.epochs,
+        batch_tokens=args.batch_tokens,
+        accumulate=args.accumulate,
+        seed=args.seed,
+        dtype=args.dtype,
+        gradient_checkpointing=args.gradient_checkpointing,
+        checkpoint_every=args.checkpoint_every,
+        **more,
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Trains and registers; returns 0."""
+    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add_training_flags(parser, learning_rate=5e-4, epochs=3)
+    parser.add_argument("--order", choices=answer.ORDERS, default="post", help="post: label, then chain")
+    parser.add_argument("--label-weight", type=float, default=4.0, help="of a label, a chain token has 1")
+    args = parser.parse_args(argv)
+    spark = delta.session(JOB)
+    delta.prepare(spark, args.tables)
+    lesson = read_lesson(spark, args, args.order)
+    how = settings(args, lesson, "sft", label_weight=args.label_weight)
+    pairs = train_pairs(spark, args)
+    taught = delta.read(spark, args.tables, "chains").where("kept")
+    chains = (
+        pairs.join(taught, ["pair_id", "label", "content_hash"], how="inner")
+        .groupBy("pair_id", "label")
+        .agg(F.min_by("chain", "teacher").alias("chain"))
+    )
+    prompts = rendered(pairs.join(chains, "pair_id", how="left_semi"), lesson.prompt)
+    rows = prompts.join(chains, "pair_id", how="inner").orderBy("ids", "pair_id")
+    data = [
+        {
+            "pair_id": row["pair_id"],
+            "root": row["ids"][: row["group_tokens"]],
+            "rest": row["ids"][row["group_tokens"] :],
+            "answer": lesson.form.target(row["label"], row["chain"]),
+        }
+        for row in rows.select("pair_id", "ids", "group_tokens", "label", "chain").toArrow().to_pylist()
+    ]
+    if not data:
+        raise ValueError(
+            f"no train pair in {args.tables} has a kept chain; bring some: write_chains --tables {args.tables} "
+            "--chains FILE"
+        )
+    print(f"{JOB}: {len(data):,} train pairs with a kept chain", flush=True)
+    train(spark, args, lesson, how, data, label_at=-2 if args.order == "pre" else 0)
+    return 0
+
+
+def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None = None) -> Lesson:
+    """The parent and how it is asked. Raises ValueError with a sentence, before any work."""
+    found = rescore.model_folder(args.model)
+    folder = found[0] if found else rescore.registered_folder(spark, args.tables, args.model)[0]
+    recipe = adapter.recipe(folder)
+    is_adapter = adapter.is_adapter(folder)
+    if is_adapter and args.full:
+        raise ValueError(f"{folder} is an adapter, which --full does not train on; leave --full away")
+    base = base_folder(folder, recipe) if is_adapter else folder
+    parent = inspect(adapter.merge(folder, base, f"{folder}/{adapter.MERGED}") if is_adapter else folder)
+    source = args.prompt or parent.prompt_file
+    if source is None:
+        raise ValueError(f"{folder} has no prompt.json; name one by --prompt FILE (demo/prompt.json is one that works)")
+    prompt = load_prompt(source, parent.tokenizer_json, parent.vocab_size)
+    if recipe.get("prompt_id", prompt.prompt_id) != prompt.prompt_id:
+        raise ValueError(
+            f"{folder} was trained with prompt {recipe['prompt_id']}, the one beside it, not with {source}; leave "
+            "--prompt away"
+        )
+    order = order or recipe.get("order", "post")
+    if recipe.get("order", order) != order:
+        raise ValueError(f"{folder} was taught --order {recipe['order']}; a stage keeps the order of its parent")
+    return Lesson(
+        parent=parent,
+        base=base,
+        base_name=recipe["base"] if is_adapter else args.model,
+        adapter=folder if is_adapter else None,
+        prompt=prompt,
+        prompt_file=str(source),
+        form=answer.form(parent, prompt, order),
+        trained_on=tuple(recipe.get("trained_on", ())),
+    )
+
+
+def base_folder(folder: str, recipe: dict[str, Any]) -> str:
+    """Folder of an adapter's base, which its recipe names."""
+    name = recipe.get("base")
+    if not name:
+        raise ValueError(f"adapter {folder} has no {adapter.RECIPE} that names its base; merge it with peft yourself")
+    return str(demo.model.demo_model()) if name == "demo-base" else str(name)
+
+
+def train_pairs(spark: SparkSession, args: argparse.Namespace) -> DataFrame:
+    """Judged pairs of the train split with their label, limited to `--limit` pairs of whole queries.
+
+    Raises ValueError where a query of theirs is held out (dev or test) under another locale, source or spelling: what a
+    stage has seen cannot be reported on.
+    """
+    pairs = gold.judged(spark, args.tables, "train", args.source).where("label IS NOT NULL")
+    if leaks := gold.leaked(spark, args.tables, pairs):
+        raise ValueError(
+            f"queries of the train split are also in dev or test, such as {leaks[0]!r}; give all pairs of a query one "
+            "split (ingest does so where the input names none)"
+        )
+    if args.limit is None:
+        return pairs
+    # Whole queries in the order of a hash, so that a smaller limit takes a subset of a larger one.
+    order = Window.orderBy(F.xxhash64(F.lower("query")), "query", "pair_id")
+    return pairs.withColumn("place", F.row_number().over(order)).where(F.col("place") <= args.limit).drop("place")
+
+
+def train(
+    spark: SparkSession,
+    args: argparse.Namespace,
+    lesson: Lesson,
+    how: TrainSettings,
+    data: Sequence[dict[str, Any]],
+    **more: Any,
+) -> str:
+    """Lands the rows, trains, merges and registers; returns the new model's id. The run's row tells how it ended."""
+    job = f"train_{how.stage}"
+    run = runs.start(spark, args.tables, job, lesson.parent.model_id, lesson.prompt.prompt_id)
+    try:
+        Path(how.out).mkdir(parents=True, exist_ok=True)
+        recipe = {
+            "stage": how.stage,
+            "base": lesson.base_name,
+            "base_hash": inspect(lesson.base).weights_hash,
+            "parent_id": lesson.parent.model_id,
+            "prompt_id": lesson.prompt.prompt_id,
+            "order": lesson.form.order,
+            "trained_on": sorted({*lesson.trained_on, *sources(spark, args)}),
+            "data_hash": land(how, data),
+            "settings": how.recipe(),
+        }
+        figures = launch(how, args.processes, **more)
+        shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
+        leave(how, recipe | {"metrics": figures}, lesson.base_name, lesson.base)
+        whole = how.out if how.full else adapter.merge(how.out, lesson.base, f"{how.out}/{adapter.MERGED}")
+        made = inspect(whole)
+        delta.upsert(
+            spark,
+            args.tables,
+            "models",
+            delta.rows(spark, "models", [model_row(made, how.out, recipe | {"metrics": figures})]),
+        )
+    except BaseException as error:
+        runs.finish(spark, args.tables, run, "failed", (str(error) or repr(error)).splitlines()[0])
+        raise
+    runs.finish(spark, args.tables, replace(run, counts={"trained": len(data)}), "done")
+    print(f"{job}: made model {made.model_id}; score with it: rescore --tables {args.tables} --model {how.out}")
+    return made.model_id
+
+
+def sources(spark: SparkSession, args: argparse.Namespace) -> list[str]:
+    """Sources of gold whose train split is learnt from."""
+    rows = delta.read(spark, args.tables, "gold").where("split = 'train'").select("source").distinct().collect()
+    return sorted(row["source"] for row in rows if args.source in (None, row["source"]))
+
+
+def model_row(made: Model, path: str, recipe: dict[str, Any]) -> list[Any]:
+    """A trained model as a row of `models`."""
+    config = {name: str(value) for name, value in recipe["settings"].items()}
+    metrics = {name: value for name, value in recipe["metrics"].items() if value == value}
+    return [
+        made.model_id, path, recipe["base"], recipe["stage"], recipe["prompt_id"], made.weights_hash,
+        recipe["parent_id"], metrics, datetime.now(UTC), recipe["data_hash"], config, recipe["trained_on"],
+    ]  # fmt: skip

@@ -1,0 +1,123 @@
+"""LoRA adapters: which base one belongs to, and how the two become one ordinary model folder.
+
+The engine runs whole weights, so an adapter is merged before it scores. The sum is taken in float64 and rounded once,
+so that every machine gets the same bytes and with them the same model_id; a library's merge in bf16 rounds twice and
+depends on the machine's kernels. Only what that sum covers is let through: plain LoRA on linear layers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from udfs.model import weights_hash
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+RECIPE = "training.json"  # how a trained folder was made; beside an adapter, and in what is merged from it
+MERGED = "merged"
+# A folder of whole weights is copied but for these.
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "manifest.json", "prompt.json", "canaries.json", RECIPE)
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a folder holds an adapter and not whole weights."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def recipe(folder: str) -> dict[str, Any]:
+    """What `training.json` says of a trained folder; empty for a folder that this project did not make."""
+    file = Path(folder) / RECIPE
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy the folder again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not a JSON object; copy the folder again")
+    return found
+
+
+def merge(adapter: str, base: str, target: str) -> str:
+    """Writes base + adapter as a model folder `target`, once; returns it.
+
+    Raises ValueError with a sentence where the base is not the adapter's, or the adapter is more than plain LoRA.
+    """
+    folder = Path(target)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs may start at once; the second finds the folder made
+        made = {"adapter": weights_hash(adapter), "base": recipe(adapter).get("base_hash") or weights_hash(base)}
+        stamp = folder / "merged.json"
+        if stamp.is_file() and json.loads(stamp.read_text()) == made:
+            return target
+        if (found := weights_hash(base)) != made["base"]:
+            raise ValueError(
+                f"adapter {adapter} was trained on a base with weights {made['base'][:12]}…, but {base} has "
+                f"{found[:12]}…; name the right base in {RECIPE}"
+            )
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, "merged.json"))
+        _merge_weights(Path(adapter), Path(base), partial)
+        for name in ("prompt.json", "canaries.json", RECIPE):
+            if (Path(adapter) / name).is_file():
+                shutil.copyfile(Path(adapter) / name, partial / name)
+        (partial / stamp.name).write_text(json.dumps(made))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)  # a folder of this name is whole
+    return target
+
+
+def _merge_weights(adapter: Path, base: Path, target: Path) -> None:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    scale = _scale(adapter)
+    deltas: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(adapter / WEIGHTS, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            module, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
+            if half not in ("A.weight", "B.weight"):
+                raise ValueError(f"adapter {adapter} holds {name}, which is no plain LoRA; merge it with peft yourself")
+            deltas.setdefault(f"{module}.weight", {})[half[0]] = tensors.get_tensor(name).double()
+    for file in sorted(base.glob("*.safetensors")):
+        merged = {}
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                weight = tensors.get_tensor(name)
+                if pair := deltas.pop(name, None):
+                    weight = (weight.double() + scale * (pair["B"] @ pair["A"])).to(weight.dtype)
+                merged[name] = weight
+            save_file(merged, target / file.name, metadata=tensors.metadata())
+        (target / file.name).chmod(0o644)  # safetensors lets only the owner read; workers may run as somebody else
+    if deltas:
+        raise ValueError(f"adapter {adapter} changes {sorted(deltas)[0]}, which its base {base} does not have")
+    for file in base.glob("*.safetensors.index.json"):
+        shutil.copyfile(file, target / file.name)
+
+
+def _scale(adapter: Path) -> float:
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    odd = [
+        name
+        for name in (
+            "use_dora",
+            "use_rslora",
+            "fan_in_fan_out",
+            "modules_to_save",
+            "rank_pattern",
+            "alpha_pattern",
+            "lora_bias",
+        )
+        if config.get(name)
+    ]
+    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
+        raise ValueError(
+            f"adapter {adapter} is not plain LoRA ({', '.join(odd) or config.get('peft_type')}); merge it with peft "
+            "(merge_and_unload, then save_pretrained) and name the merged folder"
+        )
+    return float(config["lora_alpha"]) / float(config["r"])

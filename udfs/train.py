@@ -1,0 +1,591 @@
+"""What a training process does: a policy, one stage's trainer, checkpoints it resumes from, and the folder it leaves.
+
+The job on Spark picks the rows and writes them as token ids (`DATA`); from there on a stage knows folders only, so it
+runs in the job's own process on one CPU or GPU, or in many processes that TorchDistributor or accelerate starts. TRL's
+trainers own the loop, the optimizer, logging and checkpoints; what is ours is how rows are laid out (`udfs.forest`).
+A stage leaves a LoRA adapter (or, with `full`, whole weights) with prompt.json and `training.json` beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from schemas.labels import LABELS
+from udfs.adapter import RECIPE
+from udfs.answer import Form, conclusion
+from udfs.difficulty import Difficulty, pass_rates
+from udfs.forest import IGNORED, Row, forests, grouped, logprobs, planted
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainerCallback
+
+DATA = "data.parquet"  # in the out folder: the rows of the stage
+LOG = "log.jsonl"  # one line a logged step
+REFILLS = 8  # draws for a batch of groups with spread before groups without any are taken
+PLAN = "plan.json"  # settings and rows that the checkpoints belong to
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All that decides what a stage makes, beside its rows.
+
+    stage: sft, dpo or grpo. base: folder of whole weights. adapter: folder of the LoRA adapter that is trained on, or
+    None for a new one. out: folder that is made. full: train all weights. rank: of a new adapter; its alpha is twice
+    that. batch_tokens: tokens of one sequence (a forest). accumulate: sequences in one optimizer step and process.
+    label_weight: how many times a label token counts in the loss of SFT beside a token of its chain, of which there are
+    thirty. beta: weight of the KL term (GRPO) or DPO's beta. seed: of weights, order and samples.
+    """
+
+    stage: str
+    base: str
+    out: str
+    adapter: str | None = None
+    full: bool = False
+    rank: int = 16
+    learning_rate: float = 5e-4
+    epochs: float = 3.0
+    batch_tokens: int = 1024
+    accumulate: int = 2
+    label_weight: float = 4.0
+    beta: float = 0.1
+    seed: int = 0
+    dtype: str = "bfloat16"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 25
+    # GRPO alone. steps: of the optimizer, each on `groups` pairs with `group` answers of at most `max_tokens`; it ends
+    # sooner where `generated_tokens` is set and reached. refresh: steps between two readings of all pass rates.
+    # rewards: weights of a right label, of an answer's form, and of a chain that concludes its label. uniform: all
+    # pairs are drawn alike and groups without spread are kept, to compare with.
+    steps: int = -1
+    groups: int = 4
+    group: int = 8
+    max_tokens: int = 64
+    generated_tokens: int = 0
+    refresh: int = 50
+    rewards: tuple[float, float, float] = (1.0, 0.1, 0.2)
+    uniform: bool = False
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings without the folders, which are this machine's."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("base", "out", "adapter")}
+
+
+def land(settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> str:
+    """Writes the rows of a stage into its out folder; returns their hash.
+
+    Raises ValueError where the folder holds another training: its checkpoints would go on with other rows.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data_hash = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    plan = {"data_hash": data_hash, "settings": dataclasses.asdict(settings)}
+    file = Path(settings.out) / PLAN
+    if file.is_file() and (was := json.loads(file.read_text(encoding="utf-8"))) != plan:
+        keys = {**was["settings"], **plan["settings"]}
+        other = [key for key in keys if was["settings"].get(key) != plan["settings"].get(key)] or ["the rows"]
+        raise ValueError(
+            f"--out {settings.out} holds a training that differs in {', '.join(other)}; name another folder"
+        )
+    pq.write_table(pa.Table.from_pylist(list(rows)), f"{settings.out}/{DATA}")
+    file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+    return data_hash
+
+
+def launch(settings: TrainSettings, processes: int, **more: Any) -> dict[str, float]:
+    """Runs a stage in this process, or in `processes` of them, one a GPU; returns its last figures."""
+    if processes == 1:
+        return stage(settings, **more)
+    import torch
+    from pyspark.ml.torch.distributor import TorchDistributor
+
+    distributor = TorchDistributor(num_processes=processes, local_mode=True, use_gpu=torch.cuda.is_available())
+    figures: dict[str, float] = distributor.run(stage, settings, **more)
+    return figures
+
+
+def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
+    """One stage, on the rows that `land` wrote."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(f"{settings.out}/{DATA}").to_pylist()
+    return STAGES[settings.stage](settings, rows, **more)
+
+
+def leave(settings: TrainSettings, recipe: dict[str, Any], base_name: str, base: str) -> None:
+    """What a whole folder needs beside its weights; nothing in it names this machine's folders."""
+    out = Path(settings.out)
+    (out / RECIPE).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = out / "adapter_config.json"
+    if config.is_file():
+        told = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
+        config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    else:
+        for file in Path(base).glob("*"):
+            if file.suffix in (".json", ".jinja") and not (out / file.name).exists():
+                shutil.copyfile(file, out / file.name)
+
+
+def policy(settings: TrainSettings) -> Any:
+    """The model that is trained: base weights in `dtype` (frozen, or float32 where all are trained) and an adapter."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(settings.seed)  # a new adapter's weights are drawn
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.base,
+        dtype=torch.float32 if settings.full else getattr(torch, settings.dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        attn_implementation="sdpa",  # takes the mask of a forest
+    )
+    if settings.full:
+        return model
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if settings.adapter:
+        return PeftModel.from_pretrained(model, settings.adapter, is_trainable=True, local_files_only=True)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=2 * settings.rank,
+            target_modules="all-linear",  # without the head
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) -> dict[str, float]:
+    """Supervised fine-tuning on chains (TaoSR1, section 3.1): the answers' tokens are learnt, the prompts' are read.
+
+    `label_at`: where in an answer its label token stands (0 post-CoT, -2 pre-CoT: the end follows it). Returns the last
+    logged figures. Resumes from the newest checkpoint under `out`.
+    """
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [Row(tuple(row["root"]), tuple(row["rest"]), tuple(row["answer"])) for row in data]
+    trees = list(grouped(rows, settings.batch_tokens))
+    trees = [trees[i] for i in np.random.default_rng(settings.seed).permutation(len(trees))]
+    packed = [[trees[i] for i in together] for together in forests(trees, settings.batch_tokens)]
+
+    class Trainer(SFTTrainer):
+        """SFT on forests; only the positions that foretell an answer's token meet the vocabulary, a fifth of them."""
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            labels, weights = inputs.pop("labels")[0, 1:], inputs.pop("weights")[0, 1:]
+            at = (labels != IGNORED).nonzero()[:, 0]
+            labels, weights = labels[at], weights[at]
+            logits = model(**inputs, use_cache=False, logits_to_keep=at).logits[0].float()
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            is_label = weights != 1
+            told = self._metrics["train"]
+            told["label_loss"].append(losses[is_label].mean().item())
+            told["chain_loss"].append(losses[~is_label].mean().item())
+            told["label_accuracy"].append((logits.argmax(-1) == labels)[is_label].float().mean().item())
+            return (losses * weights).sum() / weights.sum()
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        forest, answers = planted([[Row(*row) for row in tree] for tree in examples[0]["trees"]])
+        inputs = forest.inputs()
+        weights = torch.ones(inputs["labels"].shape)
+        weights[0, [span[label_at] for span in answers]] = settings.label_weight
+        return inputs | {"weights": weights}
+
+    trainer = Trainer(
+        model=policy(settings),
+        args=SFTConfig(**_arguments(settings), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
+        train_dataset=Dataset.from_list(
+            [{"trees": [[list(row) for row in tree] for tree in group]} for group in packed]
+        ),
+        data_collator=collate,
+        processing_class=_tokenizer(settings.base),
+        callbacks=[_log(settings)],
+    )
+    trainer.model_accepts_loss_kwargs = False  # our loss is a mean already; the trainer divides by `accumulate`
+    return _run(trainer, settings)
+
+
+def dpo(settings: TrainSettings, data: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Direct preference optimisation on right against wrong answers of one prompt (TaoSR1, section 3.2).
+
+    `data`: prompt, chosen and rejected, as token ids. The reference is the parent as it was. The chosen answers' own
+    likelihood stays in the loss with a small weight: DPO alone may lower both, the rejected one faster.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        """DPO on token ids: what a field's text may become was decided where it was tokenised."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    columns = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
+    trainer = Trainer(
+        model=policy(settings),
+        args=DPOConfig(
+            **_arguments(settings) | {"per_device_train_batch_size": 4},
+            beta=settings.beta,
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, 0.2],
+            max_length=None,
+        ),
+        train_dataset=Dataset.from_list([{name: row[of] for name, of in columns.items()} for row in data]),
+        processing_class=_tokenizer(settings.base),
+        callbacks=[_log(settings)],
+    )
+    return _run(trainer, settings)
+
+
+def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) -> dict[str, float]:
+    """Group-relative policy optimisation with difficulty-based dynamic sampling (TaoSR1, section 3.3).
+
+    `data`: root, rest (the prompt's two parts), label, and rate, the pass rate under the parent (None: not known). The
+    policy answers `group` times a pair; rewards are a right label, the form of an answer, and a chain that concludes
+    its own label. Every `refresh` steps the pass rates of all pairs are read off the policy anew.
+    """
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    gold = [form.label_ids[LABELS.index(row["label"])] for row in data]
+    rows = [Row(tuple(row["root"]), tuple(row["rest"]), (own,)) for row, own in zip(data, gold, strict=True)]
+    known = np.array([np.nan if row["rate"] is None else row["rate"] for row in data])
+    difficulty = Difficulty(np.nan_to_num(known, nan=0.5), settings.group, settings.seed, settings.uniform)
+    counted = {"generated": 0, "refilled": 0}
+
+    def refresh(model: Any) -> None:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            difficulty.rates = pass_rates(model, rows, settings.batch_tokens)
+
+    class Refresh(TrainerCallback):
+        """Keeps the pass rates those of the policy, in checkpoints too."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step % settings.refresh == 0 and not settings.uniform:
+                refresh(model)
+                if state.global_step == 0 and not np.isnan(known).all():
+                    gap = np.nanmean(np.abs(difficulty.rates - known))
+                    print(
+                        f"train_grpo: p(gold) and the pass rates of samples differ by {gap:.3f} on average", flush=True
+                    )
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            difficulty.save(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if settings.generated_tokens and counted["generated"] >= settings.generated_tokens:
+                control.should_training_stop = True
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        """Answers to pairs drawn by difficulty, in the place of those that the trainer's own sampler names."""
+        key = (trainer.state.global_step, trainer.accelerator.process_index)
+        policy_model = trainer.accelerator.unwrap_model(trainer.model)
+        with trainer.accelerator.autocast():
+            groups = rolled_out(policy_model, rows, difficulty, form, len(prompts) // settings.group, settings, key)
+        output: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "label": []}
+        for number, answers in groups.answers:
+            for ids in answers:
+                output["prompt_ids"].append([*rows[number].root, *rows[number].rest])
+                output["completion_ids"].append(ids)
+                output["label"].append(data[number]["label"])
+                counted["generated"] += len(ids)
+        output["logprobs"] = None  # type: ignore[assignment]  # the policy that samples is the one that learns
+        trainer._log_metric("groups_drawn", float(groups.drawn))
+        trainer._log_metric("groups_without_spread", groups.without_spread / groups.drawn)
+        trainer._log_metric("generated_tokens", float(counted["generated"]))
+        trainer._log_metric("p_gold_drawn", float(difficulty.rates[[n for n, _ in groups.answers]].mean()))
+        return output
+
+    class Trainer(GRPOTrainer):
+        """GRPO where all answers to a pair share its prompt in the forward pass too."""
+
+        def _get_per_token_logps_and_entropies(  # type: ignore[override]
+            self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *_: Any, **__: Any
+        ) -> Any:
+            of_prompt: dict[tuple[int, ...], list[int]] = {}
+            answers = []
+            for i, (ids, seen) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
+                prompt = ids[:-logits_to_keep][seen[:-logits_to_keep]].tolist()
+                answers.append(ids[-logits_to_keep:][seen[-logits_to_keep:]].tolist())
+                of_prompt.setdefault(tuple(prompt), []).append(i)
+            logps = torch.zeros(len(answers), logits_to_keep, device=input_ids.device)
+            entropies = torch.zeros_like(logps)
+            groups = [(prompt, [answers[i] for i in members]) for prompt, members in of_prompt.items()]
+            with self.accelerator.autocast():
+                found = logprobs(model, groups, self.temperature)
+            places = [i for members in of_prompt.values() for i in members]
+            padded = [
+                torch.nn.functional.pad(own, (0, logits_to_keep - len(own)))
+                for _, (own, _) in sorted(zip(places, found, strict=True), key=lambda entry: entry[0])
+            ]
+            logps = torch.stack(padded)
+            for i, (_, entropy) in zip(places, found, strict=True):
+                entropies[i, : len(entropy)] = entropy
+            return logps, entropies, None
+
+    def right(completion_ids: list[list[int]], label: list[int], **_: Any) -> list[float]:
+        return [float(form.read(ids).label == own) for ids, own in zip(completion_ids, label, strict=True)]
+
+    def formed(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        read = [form.read(ids) for ids in completion_ids]
+        return [float(r.finished and r.label is not None and conclusion(r.chain) is not None) for r in read]
+
+    def agrees(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        read = [form.read(ids) for ids in completion_ids]
+        return [float(r.label is not None and conclusion(r.chain) == r.label) for r in read]
+
+    batch = settings.group * settings.groups
+    trainer = Trainer(
+        model=policy(settings),
+        reward_funcs=[right, formed, agrees],
+        args=GRPOConfig(
+            **_arguments(settings)
+            | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1, "max_steps": settings.steps},
+            num_generations=settings.group,
+            steps_per_generation=1,
+            max_completion_length=settings.max_tokens,
+            reward_weights=list(settings.rewards),
+            beta=settings.beta,
+            temperature=1.0,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(max(len(rows), batch))]),
+        processing_class=_tokenizer(settings.base),
+        callbacks=[_log(settings), Refresh()],
+        rollout_func=rollout,
+    )
+    if last := _last_checkpoint(settings):
+        difficulty.load(last)
+    return _run(trainer, settings)
+
+
+class Rollout(NamedTuple):
+    """answers: number of a pair and the ids of its group of answers. drawn, without_spread: groups looked at."""
+
+    answers: list[tuple[int, list[list[int]]]]
+    drawn: int
+    without_spread: int
+
+
+def rolled_out(
+    model: Any,
+    rows: Sequence[Row],
+    difficulty: Difficulty,
+    form: Form,
+    groups: int,
+    settings: TrainSettings,
+    key: tuple[int, ...],
+) -> Rollout:
+    """`groups` groups of answers, sampled at temperature 1 from the policy.
+
+    Post-CoT the labels of a group are drawn from one prefill; a group whose labels are all right or all wrong is put
+    back and another pair drawn, up to `REFILLS` times, and only then are chains written. What fails to find spread goes
+    to the trainer as it is. With uniform sampling, and pre-CoT, where the label comes last, nothing is put back.
+    """
+    import torch
+
+    model.eval()
+    kept: list[tuple[int, list[list[int]]]] = []
+    spare: list[tuple[int, list[list[int]]]] = []
+    drawn = without = 0
+    with torch.no_grad():
+        for attempt in range(REFILLS):
+            numbers = [int(i) for i in difficulty.draw(groups - len(kept), *key, attempt)]
+            numbers = [i for i in numbers if i not in {n for n, _ in kept}]
+            firsts = first_tokens(model, [(*rows[i].root, *rows[i].rest) for i in numbers], settings.group)
+            for i, first in zip(numbers, firsts, strict=True):
+                rights = sum(token == rows[i].answer[0] for token in first)
+                has_spread = 0 < rights < settings.group
+                drawn += 1
+                without += not has_spread
+                chosen = kept if has_spread or settings.uniform or form.order == "pre" else spare
+                chosen.append((i, [[token] for token in first]))
+            if len(kept) >= groups:
+                break
+        chosen = (kept + spare)[:groups]
+        while len(chosen) < groups:  # fewer pairs than groups
+            chosen.append(chosen[len(chosen) % max(1, len(kept + spare))])
+        prompts = [(*rows[i].root, *rows[i].rest) for i, _ in chosen]
+        written = continued(model, prompts, [firsts for _, firsts in chosen], form.end_ids, settings.max_tokens)
+    model.train()
+    return Rollout([(i, answers) for (i, _), answers in zip(chosen, written, strict=True)], drawn, without)
+
+
+def first_tokens(model: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """`count` first tokens for each prompt, drawn from the whole vocabulary at temperature 1 off one prefill."""
+    import torch
+
+    logits = model(**_padded(model, prompts), use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    drawn: list[list[int]] = torch.multinomial(torch.softmax(logits, dim=-1), count, replacement=True).tolist()
+    return drawn
+
+
+def continued(
+    model: Any, prompts: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]], end_ids: Sequence[int], tokens: int
+) -> list[list[list[int]]]:
+    """Answers that begin with `firsts`, one list a prompt, sampled on at temperature 1 to an end or `tokens` long.
+
+    A prompt is prefilled once; its keys and values are then shared out to its answers.
+    """
+    import torch
+
+    inputs = _padded(model, prompts)
+    cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    size = len(firsts[0])
+    cache.batch_repeat_interleave(size)
+    seen = inputs["attention_mask"].repeat_interleave(size, dim=0)
+    position = inputs["position_ids"][:, -1:].repeat_interleave(size, dim=0)
+    ends = torch.tensor(list(end_ids), device=seen.device)
+    token = torch.tensor(firsts, device=seen.device).reshape(-1, 1)
+    written = [token]
+    ended = torch.isin(token, ends)
+    while len(written) < tokens and not ended.all():
+        position = position + 1
+        seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+        logits = model(
+            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+        token = torch.multinomial(torch.softmax(logits.float(), dim=-1), 1)
+        token = torch.where(ended, ends[0], token)
+        ended |= torch.isin(token, ends)
+        written.append(token)
+    answers = []
+    for ids in torch.cat(written, dim=1).tolist():
+        end = next((i + 1 for i, token_id in enumerate(ids) if token_id in end_ids), len(ids))
+        answers.append(ids[:end])
+    return [answers[i * size : (i + 1) * size] for i in range(len(prompts))]
+
+
+def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Prompts side by side, all ending in the last column."""
+    import torch
+
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def _arguments(settings: TrainSettings) -> dict[str, Any]:
+    """What the three trainers are told alike."""
+    import torch
+
+    return {
+        "output_dir": f"{settings.out}/checkpoints",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": settings.accumulate,
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # a share of all steps
+        "bf16": settings.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "logging_steps": 5,
+        "save_steps": settings.checkpoint_every,
+        "save_total_limit": 2,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "report_to": "none",  # nothing calls home
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
+def _tokenizer(folder: str) -> Any:
+    """The trainers want one for its ids of padding and end; no text of ours goes through it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _log(settings: TrainSettings) -> TrainerCallback:
+    """Appends each logged step to the stage's log, and tells people."""
+    from transformers import TrainerCallback
+
+    class Log(TrainerCallback):
+        began = time.monotonic()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not state.is_world_process_zero or not logs:
+                return
+            figures = {k: v for k, v in logs.items() if isinstance(v, int | float)}
+            with open(f"{settings.out}/{LOG}", "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": state.global_step} | figures) + "\n")
+            shown = " · ".join(f"{name} {value:.4g}" for name, value in figures.items() if name in _SHOWN)
+            left = (
+                (time.monotonic() - self.began)
+                / max(1, state.global_step - self.first)
+                * (state.max_steps - state.global_step)
+            )
+            print(
+                f"train_{settings.stage}: step {state.global_step} of {state.max_steps} · {shown} · "
+                f"{left / 60:.0f} min left",
+                flush=True,
+            )
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began, self.first = time.monotonic(), state.global_step
+
+    return Log()
+
+
+_SHOWN = ("loss", "label_loss", "chain_loss", "label_accuracy", "rewards/margins", "rewards/accuracies", "reward", "kl")
+
+
+def _last_checkpoint(settings: TrainSettings) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoints = f"{settings.out}/checkpoints"
+    found: str | None = get_last_checkpoint(checkpoints) if os.path.isdir(checkpoints) else None
+    return found
+
+
+def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
+    """Trains from the newest checkpoint, or from the start; leaves the weights in `out`. Returns the last figures."""
+    if last := _last_checkpoint(settings):
+        print(f"train_{settings.stage}: goes on from {os.path.basename(last)}", flush=True)
+        _cut_log(settings, int(last.rsplit("-", 1)[1]))
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        kept = {} if settings.full else {"selected_adapters": ["default"]}  # without the reference
+        trainer.model.save_pretrained(settings.out, safe_serialization=True, **kept)
+    figures: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        figures |= {k: float(v) for k, v in entry.items() if isinstance(v, int | float)}
+    return figures
+
+
+def _cut_log(settings: TrainSettings, step: int) -> None:
+    """Takes out what was logged after the checkpoint: those steps are taken once more."""
+    log = Path(settings.out) / LOG
+    if log.exists():
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+STAGES = {"sft": sft, "dpo": dpo, "grpo": grpo}
