@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DATA = "data.parquet"  # in the out folder: the rows of the stage
 LOG = "log.jsonl"  # one line a logged step
+TOLD_SECONDS = 20.0  # between two lines that people read
 REFILLS = 8  # draws for a batch of groups with spread before groups without any are taken
 PLAN = "plan.json"  # settings and rows that the checkpoints belong to
 
@@ -502,7 +503,7 @@ def _arguments(settings: TrainSettings) -> dict[str, Any]:
         "bf16": settings.dtype == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "logging_steps": 5,
+        "logging_steps": 1,
         "save_steps": settings.checkpoint_every,
         "save_total_limit": 2,
         "seed": settings.seed,
@@ -528,7 +529,9 @@ def _log(settings: TrainSettings) -> TrainerCallback:
     from transformers import TrainerCallback
 
     class Log(TrainerCallback):
-        began = time.monotonic()
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began = self.told = time.monotonic()
+            self.first = state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not state.is_world_process_zero or not logs:
@@ -536,25 +539,25 @@ def _log(settings: TrainSettings) -> TrainerCallback:
             figures = {k: v for k, v in logs.items() if isinstance(v, int | float)}
             with open(f"{settings.out}/{LOG}", "a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": state.global_step} | figures) + "\n")
+            now = time.monotonic()
+            if now - self.told < TOLD_SECONDS and state.global_step < state.max_steps:
+                return
+            self.told = now
+            left = (now - self.began) / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
             shown = " · ".join(f"{name} {value:.4g}" for name, value in figures.items() if name in _SHOWN)
-            left = (
-                (time.monotonic() - self.began)
-                / max(1, state.global_step - self.first)
-                * (state.max_steps - state.global_step)
-            )
             print(
                 f"train_{settings.stage}: step {state.global_step} of {state.max_steps} · {shown} · "
                 f"{left / 60:.0f} min left",
                 flush=True,
             )
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.began, self.first = time.monotonic(), state.global_step
-
     return Log()
 
 
-_SHOWN = ("loss", "label_loss", "chain_loss", "label_accuracy", "rewards/margins", "rewards/accuracies", "reward", "kl")
+_SHOWN = (
+    "loss", "label_loss", "chain_loss", "label_accuracy", "rewards/margins", "rewards/accuracies", "rewards/right/mean",
+    "rewards/agrees/mean", "groups_without_spread", "kl",
+)  # fmt: skip
 
 
 def _last_checkpoint(settings: TrainSettings) -> str | None:
@@ -567,6 +570,9 @@ def _last_checkpoint(settings: TrainSettings) -> str | None:
 
 def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
     """Trains from the newest checkpoint, or from the start; leaves the weights in `out`. Returns the last figures."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
     if last := _last_checkpoint(settings):
         print(f"train_{settings.stage}: goes on from {os.path.basename(last)}", flush=True)
         _cut_log(settings, int(last.rsplit("-", 1)[1]))

@@ -1,0 +1,82 @@
+"""An adapter and its base become one model folder: the sum that peft computes, the same bytes each time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import tiny_model
+from udfs import adapter
+from udfs.model import inspect, weights_hash
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("base") / "model")
+
+
+def adapted(base: Path, folder: Path, **changes: Any) -> Any:
+    """An adapter with random weights, saved; returns peft's own model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    made = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **changes))
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    made.save_pretrained(folder)
+    (folder / adapter.RECIPE).write_text(
+        json.dumps({"base": "x", "base_hash": weights_hash(str(base)), "stage": "sft"})
+    )
+    (folder / "prompt.json").write_text((base / "prompt.json").read_text())
+    return made
+
+
+def test_the_merged_folder_computes_what_base_and_adapter_compute(base: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made = adapted(base, tmp_path / "adapter")
+    whole = adapter.merge(str(tmp_path / "adapter"), str(base), str(tmp_path / "merged"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(whole)(ids).logits, made(ids).logits, atol=1e-4)
+        assert not torch.allclose(AutoModelForCausalLM.from_pretrained(base)(ids).logits, made(ids).logits, atol=1e-2)
+    found = inspect(whole)
+    assert found.prompt_file
+    assert adapter.recipe(whole)["stage"] == "sft"
+    assert found.model_id != inspect(str(base)).model_id
+
+
+def test_merging_twice_gives_the_same_bytes_and_a_folder_that_is_there_is_left_alone(
+    base: Path, tmp_path: Path
+) -> None:
+    adapted(base, tmp_path / "adapter")
+    one = Path(adapter.merge(str(tmp_path / "adapter"), str(base), str(tmp_path / "one")))
+    two = Path(adapter.merge(str(tmp_path / "adapter"), str(base), str(tmp_path / "two")))
+    assert weights_hash(str(one)) == weights_hash(str(two))
+    made_at = (one / "model.safetensors").stat().st_mtime_ns
+    adapter.merge(str(tmp_path / "adapter"), str(base), str(one))
+    assert (one / "model.safetensors").stat().st_mtime_ns == made_at
+
+
+def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    adapted(base, tmp_path / "adapter")
+    (tmp_path / "adapter" / adapter.RECIPE).write_text(json.dumps({"base_hash": "0" * 64}))
+    with pytest.raises(ValueError, match="was trained on a base with weights 000000000000"):
+        adapter.merge(str(tmp_path / "adapter"), str(base), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("odd", [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_what_is_more_than_plain_lora_is_refused(base: Path, tmp_path: Path, odd: dict[str, Any]) -> None:
+    adapted(base, tmp_path / "adapter", **odd)
+    with pytest.raises(ValueError, match="not plain LoRA"):
+        adapter.merge(str(tmp_path / "adapter"), str(base), str(tmp_path / "merged"))

@@ -1,0 +1,186 @@
+"""The three stages on a tiny model: each learns a rule it can learn, and a killed one ends as one that was not killed.
+
+The rule: a product is one of four colours, and the colour decides the label. The chain names the label's conclusion.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from schemas.labels import LABELS, NAMES
+from tests.models import tiny_model
+from udfs import train
+from udfs.answer import Form, form
+from udfs.difficulty import Difficulty, pass_rates
+from udfs.forest import Row
+from udfs.model import inspect, weights_hash
+from udfs.prompt import load
+from udfs.train import TrainSettings
+
+COLOUR = {4: 301, 3: 302, 2: 303, 1: 304}  # a token of the product's text
+QUERY = (60, 61)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("train") / "model")
+
+
+@pytest.fixture(scope="module")
+def answers(base: Path) -> Form:
+    model = inspect(str(base))
+    return form(model, load(str(base / "prompt.json"), model.tokenizer_json, model.vocab_size))
+
+
+def root_of(number: int, label: int) -> list[int]:
+    return [50 + number % 7, COLOUR[label], 70 + number % 11]
+
+
+def lessons(answers: Form, count: int = 48) -> list[dict[str, Any]]:
+    made = []
+    for number in range(count):
+        label = LABELS[number % 4]
+        answer = answers.target(label, f"Seen. So {NAMES[label]}.")
+        made.append({"pair_id": str(number), "root": root_of(number, label), "rest": list(QUERY), "answer": answer})
+    return made
+
+
+def settings(base: Path, out: Path, stage: str = "sft", **changes: Any) -> TrainSettings:
+    out.mkdir(parents=True, exist_ok=True)
+    told = {"full": True, "dtype": "float32", "learning_rate": 3e-3, "batch_tokens": 256, "accumulate": 1} | changes
+    return TrainSettings(stage=stage, base=str(base), out=str(out), **told)
+
+
+def p_gold(folder: Path, answers: Form, adapter: Path | None = None) -> float:
+    """Mean p(gold) over the rule, which is pass@1 at temperature 1."""
+    how = settings(folder, folder, full=adapter is None, adapter=str(adapter) if adapter else None)
+    token = dict(zip(LABELS, answers.label_ids, strict=True))
+    rows = [Row(tuple(root_of(n, label)), QUERY, (token[label],)) for n in range(8) for label in LABELS]
+    return float(pass_rates(train.policy(how), rows, 512).mean())
+
+
+def log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / train.LOG).read_text().splitlines()]
+
+
+def run(how: TrainSettings, rows: list[dict[str, Any]], **more: Any) -> dict[str, float]:
+    train.land(how, rows)
+    figures = train.launch(how, 1, **more)
+    train.leave(how, {"stage": how.stage}, "tiny", how.base)
+    return figures
+
+
+@pytest.fixture(scope="module")
+def taught(base: Path, answers: Form, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("taught") / "sft"
+    run(settings(base, out, epochs=7), lessons(answers), label_at=0)
+    return out
+
+
+def test_sft_learns_the_rule_and_leaves_an_ordinary_model_folder(base: Path, answers: Form, taught: Path) -> None:
+    steps = log(taught)
+    assert steps[-2]["loss"] < 0.5 * steps[0]["loss"]
+    assert p_gold(base, answers) < 0.1
+    assert p_gold(taught, answers) > 0.35
+    assert inspect(str(taught)).weights_hash != inspect(str(base)).weights_hash
+
+
+def test_dpo_prefers_the_right_answers(answers: Form, taught: Path, tmp_path: Path) -> None:
+    rows = []
+    for number, lesson in enumerate(lessons(answers)):
+        wrong = LABELS[(number + 1 + number // 4 % 3) % 4]
+        rejected = answers.target(wrong, f"Seen. So {NAMES[wrong]}.")
+        prompt = [*lesson["root"], *lesson["rest"]]
+        rows.append({"pair_id": lesson["pair_id"], "prompt": prompt, "chosen": lesson["answer"], "rejected": rejected})
+    how = settings(taught, tmp_path / "dpo", "dpo", epochs=3, learning_rate=5e-4)
+    run(how, rows)
+    steps = [entry for entry in log(tmp_path / "dpo") if "rewards/margins" in entry]
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert steps[-1]["rewards/margins"] > 0.1
+    assert p_gold(tmp_path / "dpo", answers) > p_gold(taught, answers) + 0.05
+
+
+def test_grpo_raises_the_reward_and_draws_groups_with_spread(answers: Form, taught: Path, tmp_path: Path) -> None:
+    rows = [
+        {"pair_id": str(n), "root": root_of(n, label), "rest": list(QUERY), "label": label, "rate": None}
+        for n in range(12)
+        for label in LABELS
+    ]
+    how = settings(
+        taught, tmp_path / "grpo", "grpo", learning_rate=1e-3, steps=24, groups=4, group=6, max_tokens=24, refresh=8
+    )
+    run(how, rows, form=answers)
+    steps = [entry for entry in log(tmp_path / "grpo") if "reward" in entry]
+    right = [entry["rewards/right/mean"] for entry in steps]
+    assert {"rewards/formed/mean", "rewards/agrees/mean", "kl", "entropy", "frac_reward_zero_std"} <= steps[0].keys()
+    assert max(entry["frac_reward_zero_std"] for entry in steps[:8]) == 0  # refilled before the trainer sees them
+    assert np.mean([entry["groups_without_spread"] for entry in steps[:8]]) < 0.5
+    assert 0 < right[0] < 1
+    assert p_gold(tmp_path / "grpo", answers) > p_gold(taught, answers) + 0.05
+
+
+def _train(how: TrainSettings) -> None:
+    train.launch(how, 1, label_at=0)
+
+
+def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
+    base: Path, answers: Form, tmp_path: Path
+) -> None:
+    whole = settings(base, tmp_path / "whole", epochs=8, checkpoint_every=3, batch_tokens=128)
+    run(whole, lessons(answers), label_at=0)
+
+    cut = settings(base, tmp_path / "cut", epochs=8, checkpoint_every=3, batch_tokens=128)
+    train.land(cut, lessons(answers))
+    child = multiprocessing.get_context("spawn").Process(target=_train, args=(cut,))
+    child.start()
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline
+        assert child.is_alive()
+        time.sleep(0.02)
+    os.kill(int(child.pid or 0), signal.SIGKILL)
+    child.join()
+    assert not (tmp_path / "cut" / "model.safetensors").exists(), "it was done before it was killed"
+    train.launch(cut, 1, label_at=0)
+
+    assert weights_hash(str(tmp_path / "cut")) == weights_hash(str(tmp_path / "whole"))
+    steps = [[e["step"] for e in log(tmp_path / name) if "loss" in e] for name in ("whole", "cut")]
+    assert steps[0] == steps[1]
+
+
+def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Form, tmp_path: Path) -> None:
+    train.land(settings(base, tmp_path), lessons(answers, 4))
+    train.land(settings(base, tmp_path), lessons(answers, 4))
+    with pytest.raises(ValueError, match="differs in the rows"):
+        train.land(settings(base, tmp_path), lessons(answers, 8))
+    with pytest.raises(ValueError, match="differs in learning_rate"):
+        train.land(settings(base, tmp_path, learning_rate=1.0), lessons(answers, 4))
+
+
+def test_hard_pairs_are_drawn_oftener_and_settled_ones_never() -> None:
+    rates = np.array([0.0, 0.2, 0.8, 1.0, 0.95])
+    difficulty = Difficulty(rates, group=8, seed=0)
+    assert difficulty.weights == pytest.approx([0, 0.8, 0.2, 0, 0])
+    drawn = np.bincount([difficulty.draw(1, step)[0] for step in range(400)], minlength=5)
+    assert drawn[[0, 3, 4]].sum() == 0
+    assert 0.7 < drawn[1] / 400 < 0.9
+    assert sorted(difficulty.draw(5, 0)) == [1, 2]
+    assert Difficulty(rates, 8, 0, uniform=True).weights == pytest.approx([0.2] * 5)
+
+
+def test_draws_depend_on_seed_step_and_rates_alone(tmp_path: Path) -> None:
+    rates = np.linspace(0.1, 0.9, 50)
+    one, two = Difficulty(rates, 8, 7), Difficulty(np.full(50, 0.5), 8, 7)
+    one.save(str(tmp_path))
+    two.load(str(tmp_path))
+    assert one.draw(8, 3, 0).tolist() == two.draw(8, 3, 0).tolist()
+    assert one.draw(8, 3, 0).tolist() != one.draw(8, 4, 0).tolist()
