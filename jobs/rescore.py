@@ -178,19 +178,186 @@ def refuse_foreign_prompt(spark: SparkSession, root: str, what: Scoring) -> None
             "--prompt away to use the one beside its weights"
         )
     if trained is None:
-        print(f"{JOB}: model {what.model.model_id} was not trained with a prompt of this project; look at p_outside")
+        print(f"model {what.model.model_id} was not trained with a prompt of this project; look at p_outside")
 
 
-class Night:
-    """One run over the change feed: plans each batch, scores it wave by wave, keeps the count."""
+class Waves:
+    """A run of engines over lines of prompts, wave by wave: plans, checks first use, keeps the run's row.
+
+    What a wave asks and writes is its owner's; `done` is the outcome of a row that counts as done.
+    """
+
+    done = "scored"
+    least = prefix.HOT_TOKENS  # tokens of work in a wave: below, a commit is dearer than what it saves
 
     def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
         self.spark, self.root, self.what, self.run = spark, root, what, run
-        self.error: BaseException | None = None
+        self.settings_hash = what.settings.hash
         self._engines: set[str] = set()
         self._rate = 0.0  # tokens per second and engine, as last measured
         self._outside = 0.0  # sum of p_outside over scored rows
         self._told = time.monotonic()  # when the run's row was last written
+
+    def ask(self, rows: DataFrame) -> DataFrame:
+        """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers."""
+        raise NotImplementedError
+
+    def write(self, answered: DataFrame, wave_id: str) -> None:
+        """Writes a wave's landed answers, in one commit."""
+        raise NotImplementedError
+
+    def land_line(self, prompts: DataFrame, name: str) -> prefix.Line:
+        """Lines prompts (of `rendered`) up by prefix and lands the line, so that every wave cuts the same one."""
+        landed = delta.scratch(self.root, self.run.run_id, f"{name}-line")
+        parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
+        prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
+        return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
+
+    def planned(self, line: prefix.Line, total: int, seconds: float) -> None:
+        """Notes and tells what a line asks for; `total` are the pairs that were looked at."""
+        self._add(prompt_tokens=line.prompt_tokens, trie_nodes=line.trie_nodes, block_floor=line.block_floor)
+        print(
+            f"{self.run.job}: {line.prompts:,} of {total:,} pairs to do · {line.prompt_tokens:,} prompt tokens, "
+            f"{line.block_floor:,} to compute with shared prefixes · planned in {seconds:.0f} s",
+            flush=True,
+        )
+
+    def check_first_use(self, line: prefix.Line) -> None:
+        """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
+        what, name = self.what, f"self_check_dp {self.what.settings.dtype} {self.what.settings.hash}"
+        row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == what.model.model_id).head()
+        metrics = dict(row["metrics"] or {}) if row else {}
+        if name in metrics:
+            self._rate = metrics.get("tokens_per_second", 0.0)
+            return
+        fitting = line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS)
+        sample = [list(r["ids"]) for r in fitting.collect()]
+        check = selfcheck.checker(
+            what.settings, what.prompt.label_ids, sample, canaries(what.model, what.prompt), what.load_engine
+        )
+        with engines.own_workers(self.spark):
+            found = (
+                self.spark.range(1)
+                .repartition(1)
+                .mapInArrow(check, selfcheck.SCHEMA, profile=self._profile())
+                .collect()[0]
+            )
+        allowed = selfcheck.NOISE[found["dtype"]]
+        print(
+            f"{self.run.job}: first use of model {what.model.model_id}: the engine agrees with itself within "
+            f"{found['self_check_dp']:.1e} in {found['dtype']} (allowed {allowed:.0e})",
+            flush=True,
+        )
+        for difference, than in ((found["self_check_dp"], "itself"), (found["canaries_dp"], "its canaries.json")):
+            if difference is not None and not difference <= allowed:
+                raise RuntimeError(
+                    f"the engine ({found['engine_version']}, {found['dtype']}) does not agree with {than}: |Δp| is "
+                    f"{difference:.2e}, allowed {allowed:.0e}. Nothing was written. Try --dtype float32, another "
+                    "version of vllm, or look at the model with: check --parity --model " + what.model.path
+                )
+        self._rate = found["tokens_per_second"]
+        values = metrics | {name: found["self_check_dp"], "tokens_per_second": self._rate}
+        self._register(values, row["created_at"] if row else datetime.now(UTC))
+
+    def run_line(self, line: prefix.Line, name: str) -> None:
+        """Puts a line to the engines in waves of about `WAVE_SECONDS`; each is landed, checked, and written at once."""
+        at, wave, done, began = 0, 0, 0, time.monotonic()
+        while at < line.length:
+            count = engines.count(self.spark, self.what.settings.tensor_parallel)
+            width = max(self.least, int(self._rate * WAVE_SECONDS * count))
+            # A last wave of a few rows would cost a commit of its own.
+            end = line.length if line.length - at < 1.25 * width else at + width
+            done += self.run_wave(line, at, end, count, f"{self.run.run_id}-{name}-{wave:04d}")
+            at, wave = end, wave + 1
+            seconds = time.monotonic() - began
+            print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
+        if done != line.prompts:
+            raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
+
+    def run_wave(self, line: prefix.Line, begin: int, end: int, shards: int, wave_id: str) -> int:
+        """Puts the interval [begin, end) of the line to the engines in so many shards; returns its rows."""
+        landed = delta.scratch(self.root, self.run.run_id, wave_id)
+        with engines.own_workers(self.spark):
+            self.ask(line.shards(begin, end, shards)).write.parquet(landed, mode="overwrite")
+        answered = self.spark.read.parquet(files.literal(landed))
+        figures = self._figures(answered)
+        if not figures["rows"]:
+            return 0
+        self.write(answered, wave_id)
+        self._tally(figures)
+        delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
+        return int(figures["rows"])
+
+    def _figures(self, answered: DataFrame) -> dict[str, Any]:
+        done = F.col("outcome") == self.done
+        there = answered.columns
+        row = answered.agg(
+            F.count("*").alias("rows"),
+            F.count_if(done).alias("done"),
+            F.sum("p_outside" if "p_outside" in there else F.lit(None)).alias("outside"),
+            F.sum("answer_tokens" if "answer_tokens" in there else F.lit(None)).alias("generated"),
+            F.sum(F.when(done, F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
+            F.sum("tokens_cut").alias("cut"),
+            F.sum("engine_seconds").alias("seconds"),
+            F.collect_set("engine_id").alias("engines"),
+            F.first("engine_version").alias("version"),
+            F.first("dtype").alias("dtype"),
+        ).collect()[0]
+        return row.asDict()
+
+    def _tally(self, figures: dict[str, Any]) -> None:
+        """Adds a written wave to the run's row, and writes it now and then: a killed run shows how far it came."""
+        rows, done = int(figures["rows"]), int(figures["done"])
+        self._count(**{self.done: done}, refused=rows - done)
+        computed, seconds = int(figures["computed"] or 0), float(figures["seconds"])
+        self._add(computed_tokens=computed, tokens_cut=int(figures["cut"]), waves=1)
+        if figures["generated"] is not None:
+            self._add(generated_tokens=int(figures["generated"]))
+        self._engines |= set(figures["engines"])
+        self._outside += float(figures["outside"] or 0.0)
+        if computed and seconds:
+            self._rate = computed / seconds
+        all_done = self.run.counts[self.done]
+        self.run = replace(
+            self.run,
+            engine_seconds=(self.run.engine_seconds or 0.0) + seconds,
+            engine_loads=len(self._engines),
+            p_outside=self._outside / all_done if all_done and figures["outside"] is not None else None,
+            dtype=str(figures["dtype"]),
+            engine_version=str(figures["version"]),
+            settings_hash=self.settings_hash,
+        )
+        if time.monotonic() - self._told > TOLD_SECONDS:
+            runs.write(self.spark, self.root, self.run)
+            self._told = time.monotonic()
+
+    def _count(self, **more: int) -> None:
+        counts = self.run.counts | {k: self.run.counts.get(k, 0) + v for k, v in more.items()}
+        self.run = replace(self.run, counts=counts)
+
+    def _add(self, **more: int) -> None:
+        sums: dict[str, Any] = {name: (getattr(self.run, name) or 0) + value for name, value in more.items()}
+        self.run = replace(self.run, **sums)
+
+    def _profile(self) -> ResourceProfile | None:
+        return engines.profile(self.spark, self.what.settings.tensor_parallel)
+
+    def _register(self, metrics: dict[str, float], created_at: datetime) -> None:
+        model = self.what.model
+        row = (
+            model.model_id, model.path, model.architecture, self.what.stage, None, model.weights_hash, None, metrics,
+            created_at,
+        )  # fmt: skip
+        delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [row]))
+
+
+class Night(Waves):
+    """One run over the change feed: scores each batch, and forgets pairs that are gone."""
+
+    def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
+        super().__init__(spark, root, what, run)
+        self.error: BaseException | None = None
+        self._version = 0  # of pairs, at which the batch was read
 
     def forget_removed_pairs(self) -> None:
         """Removes label_probs rows, of all models, whose pair is gone."""
@@ -217,100 +384,31 @@ class Night:
 
     def score_changed(self, changed: DataFrame, name: str) -> None:
         """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
-        version = delta.version(self.spark, self.root, "pairs")
-        seen = delta.read(self.spark, self.root, "pairs", version).join(changed, "pair_id", how="left_semi")
+        self._version = delta.version(self.spark, self.root, "pairs")
+        seen = delta.read(self.spark, self.root, "pairs", self._version).join(changed, "pair_id", how="left_semi")
         judged = delta.read(self.spark, self.root, "label_probs").where(
             (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
         )
         todo = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
         started = time.monotonic()
-        line = self.land_line(todo, name)
+        line = self.land_line(rendered(todo, self.what.prompt), name)
         total = seen.count()
         self._count(seen=total, skipped=total - line.prompts)
         if not line.prompts:
             return
-        self._add(prompt_tokens=line.prompt_tokens, trie_nodes=line.trie_nodes, block_floor=line.block_floor)
-        print(
-            f"{JOB}: {line.prompts:,} of {total:,} pairs to score · {line.prompt_tokens:,} prompt tokens, "
-            f"{line.block_floor:,} to compute with shared prefixes · planned in {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
+        self.planned(line, total, time.monotonic() - started)
         self.check_first_use(line)
-        self.score_line(line, version, name)
+        self.run_line(line, name)
 
-    def land_line(self, pairs: DataFrame, name: str) -> prefix.Line:
-        """Tokenises the pairs, lines them up by prefix and lands the line, so that every wave cuts the same one."""
-        landed = delta.scratch(self.root, self.run.run_id, f"{name}-line")
-        parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
-        prompts = rendered(pairs, self.what.prompt)
-        prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
-        return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
+    def ask(self, rows: DataFrame) -> DataFrame:
+        """Label probabilities for the wave's prompts."""
+        score = scorer(self.what.settings, self.what.prompt.label_ids, self.what.load_engine)
+        return rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
 
-    def check_first_use(self, line: prefix.Line) -> None:
-        """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
-        what, name = self.what, f"self_check_dp {self.what.settings.dtype} {self.what.settings.hash}"
-        row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == what.model.model_id).head()
-        metrics = dict(row["metrics"] or {}) if row else {}
-        if name in metrics:
-            self._rate = metrics.get("tokens_per_second", 0.0)
-            return
-        fitting = line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS)
-        sample = [list(r["ids"]) for r in fitting.collect()]
-        check = selfcheck.checker(
-            what.settings, what.prompt.label_ids, sample, canaries(what.model, what.prompt), what.load_engine
-        )
-        with engines.own_workers(self.spark):
-            found = (
-                self.spark.range(1)
-                .repartition(1)
-                .mapInArrow(check, selfcheck.SCHEMA, profile=self._profile())
-                .collect()[0]
-            )
-        allowed = selfcheck.NOISE[found["dtype"]]
-        print(
-            f"{JOB}: first use of model {what.model.model_id}: the engine agrees with itself within "
-            f"{found['self_check_dp']:.1e} in {found['dtype']} (allowed {allowed:.0e})",
-            flush=True,
-        )
-        for difference, than in ((found["self_check_dp"], "itself"), (found["canaries_dp"], "its canaries.json")):
-            if difference is not None and not difference <= allowed:
-                raise RuntimeError(
-                    f"the engine ({found['engine_version']}, {found['dtype']}) does not agree with {than}: |Δp| is "
-                    f"{difference:.2e}, allowed {allowed:.0e}. Nothing was written. Try --dtype float32, another "
-                    "version of vllm, or look at the model with: check --parity --model " + what.model.path
-                )
-        self._rate = found["tokens_per_second"]
-        values = metrics | {name: found["self_check_dp"], "tokens_per_second": self._rate}
-        self._register(values, row["created_at"] if row else datetime.now(UTC))
-
-    def score_line(self, line: prefix.Line, version: int, name: str) -> None:
-        """Scores a line in waves of about `WAVE_SECONDS`; each is landed, checked, and merged in one commit."""
-        at, wave, done, began = 0, 0, 0, time.monotonic()
-        while at < line.length:
-            count = engines.count(self.spark, self.what.settings.tensor_parallel)
-            width = max(prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
-            # A last wave of a few rows would cost a commit of its own.
-            end = line.length if line.length - at < 1.25 * width else at + width
-            done += self.score_wave(line, at, end, count, version, f"{self.run.run_id}-{name}-{wave:04d}")
-            at, wave = end, wave + 1
-            print(progress(done, line.prompts, at, line.length, time.monotonic() - began), flush=True)
-        if done != line.prompts:
-            raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
-
-    def score_wave(self, line: prefix.Line, begin: int, end: int, shards: int, version: int, wave_id: str) -> int:
-        """Scores the interval [begin, end) of the line in so many shards and merges it; returns its rows."""
+    def write(self, answered: DataFrame, wave_id: str) -> None:
+        """Merges the wave into `label_probs`."""
         what = self.what
-        rows = line.shards(begin, end, shards)
-        landed = delta.scratch(self.root, self.run.run_id, wave_id)
-        score = scorer(what.settings, what.prompt.label_ids, what.load_engine)
-        with engines.own_workers(self.spark):
-            scored = rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
-            scored.write.parquet(landed, mode="overwrite")
-        scored = self.spark.read.parquet(files.literal(landed))
-        figures = self._figures(scored)
-        if not figures["rows"]:
-            return 0
-        new = scored.select(
+        new = answered.select(
             "pair_id",
             F.lit(what.model.model_id).alias("model_id"),
             F.lit(what.prompt.prompt_id).alias("prompt_id"),
@@ -321,7 +419,7 @@ class Night:
             "p_outside",
             "outcome",
             "content_hash",
-            F.lit(version).cast("bigint").alias("pairs_version"),
+            F.lit(self._version).cast("bigint").alias("pairs_version"),
             F.lit(wave_id).alias("wave_id"),
             "prompt_tokens",
             "tokens_cut",
@@ -331,68 +429,6 @@ class Night:
         # A writer that slept must not put old text over new; and what another run scored meanwhile stays.
         newer = "new.pairs_version >= old.pairs_version AND new.content_hash <> old.content_hash"
         delta.upsert(self.spark, self.root, "label_probs", new, newer)
-        self._tally(figures)
-        delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
-        return int(figures["rows"])
-
-    def _figures(self, scored: DataFrame) -> dict[str, Any]:
-        row = scored.agg(
-            F.count("*").alias("rows"),
-            F.count_if(F.col("outcome") == "scored").alias("scored"),
-            F.sum("p_outside").alias("outside"),
-            F.sum(F.when(F.col("outcome") == "scored", F.col("prompt_tokens") - F.col("cached_tokens"))).alias(
-                "computed"
-            ),
-            F.sum("tokens_cut").alias("cut"),
-            F.sum("engine_seconds").alias("seconds"),
-            F.collect_set("engine_id").alias("engines"),
-            F.first("engine_version").alias("version"),
-            F.first("dtype").alias("dtype"),
-        ).collect()[0]
-        return row.asDict()
-
-    def _tally(self, figures: dict[str, Any]) -> None:
-        """Adds a merged wave to the run's row, and writes it now and then: a killed run shows how far it came."""
-        rows, scored = int(figures["rows"]), int(figures["scored"])
-        self._count(scored=scored, refused=rows - scored)
-        computed, seconds = int(figures["computed"] or 0), float(figures["seconds"])
-        self._add(computed_tokens=computed, tokens_cut=int(figures["cut"]), waves=1)
-        self._engines |= set(figures["engines"])
-        self._outside += float(figures["outside"] or 0.0)
-        if computed and seconds:
-            self._rate = computed / seconds
-        all_scored = self.run.counts["scored"]
-        self.run = replace(
-            self.run,
-            engine_seconds=(self.run.engine_seconds or 0.0) + seconds,
-            engine_loads=len(self._engines),
-            p_outside=self._outside / all_scored if all_scored else None,
-            dtype=str(figures["dtype"]),
-            engine_version=str(figures["version"]),
-            settings_hash=self.what.settings.hash,
-        )
-        if time.monotonic() - self._told > TOLD_SECONDS:
-            runs.write(self.spark, self.root, self.run)
-            self._told = time.monotonic()
-
-    def _count(self, **more: int) -> None:
-        counts = self.run.counts | {k: self.run.counts.get(k, 0) + v for k, v in more.items()}
-        self.run = replace(self.run, counts=counts)
-
-    def _add(self, **more: int) -> None:
-        sums: dict[str, Any] = {name: (getattr(self.run, name) or 0) + value for name, value in more.items()}
-        self.run = replace(self.run, **sums)
-
-    def _profile(self) -> ResourceProfile | None:
-        return engines.profile(self.spark, self.what.settings.tensor_parallel)
-
-    def _register(self, metrics: dict[str, float], created_at: datetime) -> None:
-        model = self.what.model
-        row = (
-            model.model_id, model.path, model.architecture, self.what.stage, None, model.weights_hash, None, metrics,
-            created_at,
-        )  # fmt: skip
-        delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [row]))
 
 
 def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:
@@ -417,11 +453,11 @@ def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]
     return expected
 
 
-def progress(done: int, pairs: int, at: int, length: int, seconds: float) -> str:
+def progress(job: str, done: int, pairs: int, at: int, length: int, seconds: float) -> str:
     """One line for people: pairs done of all, pairs and tokens a second, when it will be done."""
     left = seconds / at * (length - at) if at else 0
     return (
-        f"{JOB}: {done:,} of {pairs:,} pairs · {done / seconds:,.1f} pairs/s · {at / seconds:,.0f} tokens/s · "
+        f"{job}: {done:,} of {pairs:,} pairs · {done / seconds:,.1f} pairs/s · {at / seconds:,.0f} tokens/s · "
         f"{f'{left / 60:,.1f} min left' if at < length else f'{seconds:,.0f} s'}"
     )
 
