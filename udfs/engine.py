@@ -243,6 +243,7 @@ class VllmEngine:
                 top_p=sampling.top_p,
                 seed=sampling.seed_of(prompt) if sampling.temperature else None,
                 stop_token_ids=list(sampling.end_ids),
+                ignore_eos=True,  # what ends an answer is said above, not by the engine's own reading of the folder
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 skip_clone=True,
