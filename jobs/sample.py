@@ -28,7 +28,6 @@ from jobs.rescore import (
     registered_folder,
     scoring,
 )
-from partitioner import prefix
 from schemas import delta, gold, runs
 from schemas.canonical import SPLITS
 from schemas.labels import LABELS, NAMES
@@ -39,9 +38,6 @@ from udfs.render import rendered
 from udfs.sample import sampled_schema, sampler
 
 JOB = "sample"
-# A decoded token costs about three prefilled ones on CPU (1,233 against 453 a second); it only sizes the first wave.
-DECODE_COST = 3
-
 # One row for each pair, each k (1, 2, 4 … and n) and each way to be right, from nothing but `samples`.
 # pass is the unbiased estimate of the chance that at least one of k answers is right (Chen et al. 2021, arXiv
 # 2107.03374): 1 − C(n−c, k) / C(n, k) with c right ones of n. The quotient is the product of 1 − k/j over j from
@@ -212,14 +208,9 @@ class Draw(Waves):
         if line.prompts:
             self.planned(line, total, time.monotonic() - started)
             self.check_first_use(line)
-            self.slow_down(line)
+            self.slow_down(line, self.asked.n * self.asked.max_tokens)
             self.run_line(line, "samples")
         return chosen.select("pair_id", "gold")
-
-    def slow_down(self, line: prefix.Line) -> None:
-        """Makes of the rate of prefilling a low guess of the rate with decoding, so that the first wave is short."""
-        decoding = line.prompts * self.asked.n * self.asked.max_tokens * DECODE_COST
-        self._rate *= line.length / (line.length + decoding)
 
     def ask(self, rows: DataFrame) -> DataFrame:
         """The wave's samples, all of a pair in one row."""

@@ -199,6 +199,39 @@ SAMPLES = Table(
     cluster_by=("model_id", "pair_id"),
 )
 
+EXPLANATIONS = Table(
+    "explanations",
+    "The reasoning behind one label, written on request by the model that gave the label",
+    ("pair_id", "model_id", "prompt_id"),
+    (
+        Col("pair_id", "STRING", "The judged pair", True),
+        Col("model_id", "STRING", "The model", True),
+        Col("prompt_id", "STRING", "The prompt it was asked with", True),
+        Col("label", "INT", "The label that the scores chose, 4..1; the chain was continued from it", True),
+        Col("label_source", "STRING", "How it was chosen: argmax, the likeliest label in label_probs", True),
+        Col("chain", "STRING", "The reasoning", True),
+        Col("conclusion", "INT", "The label that the chain concludes, its label and echoes masked; null: none"),
+        Col(
+            "contradicts",
+            "BOOLEAN",
+            "Whether the chain concludes another label than its own: do not trust either",
+            True,
+        ),
+        Col("tokens", "INT", "Tokens of label and chain", True),
+        Col("finished", "BOOLEAN", "Whether the chain ended by itself; else it was cut at the token limit", True),
+        Col(
+            "content_hash", "STRING", "content_hash of the pairs row that was explained; older text if it differs", True
+        ),
+        Col("run_id", "STRING", "The run that wrote it, in runs", True),
+        Col("created_at", "TIMESTAMP", "When the wave was written", True),
+    ),
+    {
+        "label_range": "label BETWEEN 1 AND 4",
+        "contradicts_is_conclusion": "contradicts = (conclusion IS NOT NULL AND conclusion <> label)",
+        "source_named": "label_source IN ('argmax')",
+    },
+)
+
 MODELS = Table(
     "models",
     "A model that may score",
@@ -263,7 +296,7 @@ RUNS = Table(
     {"status_named": "status IN ('running', 'done', 'failed')"},
 )
 
-TABLES = {t.name: t for t in (PAIRS, GOLD, LABEL_PROBS, CHAINS, SAMPLES, MODELS, QUARANTINE, RUNS)}
+TABLES = {t.name: t for t in (PAIRS, GOLD, LABEL_PROBS, CHAINS, SAMPLES, EXPLANATIONS, MODELS, QUARANTINE, RUNS)}
 
 
 def netstring(text: Column) -> Column:

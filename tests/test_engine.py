@@ -150,6 +150,7 @@ print("after a task that ended early", sum(eight[i].ids == again[i].ids for i in
 """
 
 
+@pytest.mark.slow
 def test_the_engine_writes_what_the_plain_model_would_and_a_seed_draws_the_same_wherever_it_stands(tiny: Path) -> None:
     ended = python(_WRITES, str(tiny))
     assert ended.returncode == 0, ended.stderr[-3000:]
