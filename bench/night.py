@@ -136,12 +136,12 @@ def the_job(model: str, night: list[dict[str, Any]], root: str) -> dict[str, Any
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         ingest.main(["--tables", root, "--pairs", str(file), "--source", "bench"])
         spark = delta.session("bench")
-        timed = Timed(rescore.Night.score_line)
-        setattr(rescore.Night, "score_line", timed.method)  # noqa: B010
+        timed = Timed(rescore.Waves.run_line)
+        setattr(rescore.Waves, "run_line", timed.method)  # noqa: B010
         began = time.monotonic()
         run = rescore.rescore(spark, root, what)
         seconds = {"job": time.monotonic() - began, "waves": timed.seconds, "engine": run.engine_seconds or 0.0}
-        setattr(rescore.Night, "score_line", timed.inner)  # noqa: B010
+        setattr(rescore.Waves, "run_line", timed.inner)  # noqa: B010
     pairs = delta.read(spark, root, "pairs").where("product_id NOT LIKE 'warm-%'")
     unaligned = load({**spec, "block": 1}, looked_at.tokenizer_json, looked_at.vocab_size)
     prompts = {

@@ -26,6 +26,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS = "model.safetensors"
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 CONTEXT = 8192
+ADAPTER = Path(__file__).resolve().parent / "adapter"  # what the three stages of training made of it
 
 
 def demo_model(cache: Path | None = None) -> Path:

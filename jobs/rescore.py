@@ -38,6 +38,8 @@ from udfs.score import scored_schema, scorer
 
 WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
 TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of half a second
+# A decoded token costs about three prefilled ones on CPU (1,233 against 453 a second); it only sizes a first wave.
+DECODE_COST = 3
 CHECKED_PROMPTS = 12  # in the first-use self check
 JOB = "rescore"
 
@@ -101,18 +103,55 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
 
 
 def model_folder(name: str) -> tuple[str, str] | None:
-    """Folder and stage of `--model NAME` where no table is needed to tell; None for what may be a model_id."""
+    """Folder of whole weights and stage of `--model NAME` where no table is needed to tell; None for a model_id."""
+    if (folder := _folder(name)) is None:
+        return None
+    return whole_folder(folder), "base" if name == "demo-base" else "external"
+
+
+def named_folder(spark: SparkSession, root: str, name: str) -> str:
+    """The folder that `--model NAME` stands for, an adapter's where it is one. Raises ValueError for an unknown id."""
+    return _folder(name) or registered(spark, root, name)[0]
+
+
+def _folder(name: str) -> str | None:
     if name == "demo-base":
-        return str(demo.model.demo_model()), "base"
+        return str(demo.model.demo_model())
     if name == "demo":
-        return str(demo.model.demo_model()), "base"
+        return str(demo.model.ADAPTER)
     if len(name) == 16 and set(name) <= set("0123456789abcdef") and not Path(name).exists():
         return None
-    return name, "external"
+    return name
+
+
+def whole_folder(folder: str) -> str:
+    """The folder itself, or what an adapter and its base make together. Raises ValueError with a sentence."""
+    if not adapter.is_adapter(folder):
+        return folder
+    if Path(folder) == demo.model.ADAPTER:  # the checkout or archive may be read-only
+        return adapter.merge(folder, base_folder(folder), str(demo.model.default_cache() / "demo-tuned"))
+    return adapter.merge(folder, base_folder(folder), str(Path(folder) / adapter.MERGED))
+
+
+def base_folder(folder: str) -> str:
+    """Folder of an adapter's base, which its training.json names."""
+    name = adapter.recipe(folder).get("base")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"adapter {folder} has no {adapter.RECIPE} that names its base; merge it (peft: merge_and_unload, then "
+            "save_pretrained) and name the merged folder"
+        )
+    return str(demo.model.demo_model()) if name == "demo-base" else name
 
 
 def registered_folder(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]:
-    """Folder and stage of a model_id in `models`. Raises ValueError, naming the ones there are."""
+    """Folder of whole weights and stage of a model_id in `models`. Raises ValueError, naming the ones there are."""
+    folder, stage = registered(spark, root, model_id)
+    return whole_folder(folder), stage
+
+
+def registered(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]:
+    """Path and stage of a model_id in `models`."""
     models = {m["model_id"]: m for m in delta.read(spark, root, "models").select("model_id", "path", "stage").collect()}
     if model_id not in models:
         known = ", ".join(sorted(models)) or "none yet"
@@ -173,80 +212,56 @@ def rescore(spark: SparkSession, root: str, what: Scoring, every: str | None = N
 def refuse_foreign_prompt(spark: SparkSession, root: str, what: Scoring) -> None:
     """Raises ValueError where the model was trained with another prompt; warns where it was trained with none."""
     row = delta.read(spark, root, "models").where(F.col("model_id") == what.model.model_id).select("prompt_id").head()
-    trained = row["prompt_id"] if row else None
+    trained = row["prompt_id"] if row else adapter.recipe(what.model.path).get("prompt_id")
     if trained not in (None, what.prompt.prompt_id):
         raise ValueError(
             f"model {what.model.model_id} was trained with prompt {trained}, not with {what.prompt.prompt_id}; leave "
             "--prompt away to use the one beside its weights"
         )
     if trained is None:
-        print(f"{JOB}: model {what.model.model_id} was not trained with a prompt of this project; look at p_outside")
+        print(f"model {what.model.model_id} was not trained with a prompt of this project; look at p_outside")
 
 
-class Night:
-    """One run over the change feed: plans each batch, scores it wave by wave, keeps the count."""
+class Waves:
+    """A run of engines over lines of prompts, wave by wave: plans, checks first use, keeps the run's row.
+
+    What a wave asks and writes is its owner's; `done` is the outcome of a row that counts as done.
+    """
+
+    done = "scored"
+    least: int | None = None  # tokens of work in a wave (HOT_TOKENS): below, a commit is dearer than what it saves
 
     def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
         self.spark, self.root, self.what, self.run = spark, root, what, run
-        self.error: BaseException | None = None
+        self.settings_hash = what.settings.hash
         self._engines: set[str] = set()
         self._rate = 0.0  # tokens per second and engine, as last measured
         self._outside = 0.0  # sum of p_outside over scored rows
         self._told = time.monotonic()  # when the run's row was last written
 
-    def forget_removed_pairs(self) -> None:
-        """Removes label_probs rows, of all models, whose pair is gone."""
-        pairs = delta.read(self.spark, self.root, "pairs").select("pair_id")
-        judged = delta.read(self.spark, self.root, "label_probs").select("pair_id")
-        orphans = judged.join(pairs, "pair_id", how="left_anti")
-        if not orphans.isEmpty():
-            gone = delta.delete(self.spark, self.root, "label_probs", orphans, ("pair_id",))
-            self._count(removed=gone)
-            print(f"{JOB}: removed {gone:,} rows of pairs that are gone", flush=True)
+    def ask(self, rows: DataFrame) -> DataFrame:
+        """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers."""
+        raise NotImplementedError
 
-    def batch(self, changes: DataFrame, batch_id: int) -> None:
-        """One micro-batch of the change feed (foreachBatch)."""
-        try:
-            kinds = {row["_change_type"] for row in changes.select("_change_type").distinct().collect()}
-            if "delete" in kinds:
-                self.forget_removed_pairs()
-            if kinds & {"insert", "update_postimage"}:
-                changed = changes.where(F.col("_change_type").isin("insert", "update_postimage"))
-                self.score_changed(changed.select("pair_id").distinct(), f"{batch_id:04d}")
-        except BaseException as error:
-            self.error = error  # Spark wraps it in a page of Java
-            raise
+    def write(self, answered: DataFrame, wave_id: str) -> None:
+        """Writes a wave's landed answers, in one commit."""
+        raise NotImplementedError
 
-    def score_changed(self, changed: DataFrame, name: str) -> None:
-        """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
-        version = delta.version(self.spark, self.root, "pairs")
-        seen = delta.read(self.spark, self.root, "pairs", version).join(changed, "pair_id", how="left_semi")
-        judged = delta.read(self.spark, self.root, "label_probs").where(
-            (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
-        )
-        todo = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
-        started = time.monotonic()
-        line = self.land_line(todo, name)
-        total = seen.count()
-        self._count(seen=total, skipped=total - line.prompts)
-        if not line.prompts:
-            return
-        self._add(prompt_tokens=line.prompt_tokens, trie_nodes=line.trie_nodes, block_floor=line.block_floor)
-        print(
-            f"{JOB}: {line.prompts:,} of {total:,} pairs to score · {line.prompt_tokens:,} prompt tokens, "
-            f"{line.block_floor:,} to compute with shared prefixes · planned in {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
-        self.check_first_use(line)
-        self.score_line(line, version, name)
-
-    def land_line(self, pairs: DataFrame, name: str) -> prefix.Line:
-        """Tokenises the pairs, lines them up by prefix and lands the line, so that every wave cuts the same one."""
+    def land_line(self, prompts: DataFrame, name: str) -> prefix.Line:
+        """Lines prompts (of `rendered`) up by prefix and lands the line, so that every wave cuts the same one."""
         landed = delta.scratch(self.root, self.run.run_id, f"{name}-line")
         parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
-        prompts = rendered(pairs, self.what.prompt)
         prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
         return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
+
+    def planned(self, line: prefix.Line, total: int, seconds: float) -> None:
+        """Notes and tells what a line asks for; `total` are the pairs that were looked at."""
+        self._add(prompt_tokens=line.prompt_tokens, trie_nodes=line.trie_nodes, block_floor=line.block_floor)
+        print(
+            f"{self.run.job}: {line.prompts:,} of {total:,} pairs to do · {line.prompt_tokens:,} prompt tokens, "
+            f"{line.block_floor:,} to compute with shared prefixes · planned in {seconds:.0f} s",
+            flush=True,
+        )
 
     def check_first_use(self, line: prefix.Line) -> None:
         """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
@@ -270,7 +285,7 @@ class Night:
             )
         allowed = selfcheck.NOISE[found["dtype"]]
         print(
-            f"{JOB}: first use of model {what.model.model_id}: the engine agrees with itself within "
+            f"{self.run.job}: first use of model {what.model.model_id}: the engine agrees with itself within "
             f"{found['self_check_dp']:.1e} in {found['dtype']} (allowed {allowed:.0e})",
             flush=True,
         )
@@ -284,66 +299,48 @@ class Night:
         self._rate = found["tokens_per_second"]
         self._register({name: found["self_check_dp"], "tokens_per_second": self._rate})
 
-    def score_line(self, line: prefix.Line, version: int, name: str) -> None:
-        """Scores a line in waves of about `WAVE_SECONDS`; each is landed, checked, and merged in one commit."""
+    def slow_down(self, line: prefix.Line, decoded: int) -> None:
+        """Makes the rate a low guess for prompts with up to `decoded` tokens written after each, for the first wave."""
+        self._rate *= line.length / (line.length + line.prompts * decoded * DECODE_COST)
+
+    def run_line(self, line: prefix.Line, name: str) -> None:
+        """Puts a line to the engines in waves of about `WAVE_SECONDS`; each is landed, checked, and written at once."""
         at, wave, done, began = 0, 0, 0, time.monotonic()
         while at < line.length:
             count = engines.count(self.spark, self.what.settings.tensor_parallel)
-            width = max(prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
+            width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
             # A last wave of a few rows would cost a commit of its own.
             end = line.length if line.length - at < 1.25 * width else at + width
-            done += self.score_wave(line, at, end, count, version, f"{self.run.run_id}-{name}-{wave:04d}")
+            done += self.run_wave(line, at, end, count, f"{self.run.run_id}-{name}-{wave:04d}")
             at, wave = end, wave + 1
-            print(progress(done, line.prompts, at, line.length, time.monotonic() - began), flush=True)
+            seconds = time.monotonic() - began
+            print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
         if done != line.prompts:
             raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
 
-    def score_wave(self, line: prefix.Line, begin: int, end: int, shards: int, version: int, wave_id: str) -> int:
-        """Scores the interval [begin, end) of the line in so many shards and merges it; returns its rows."""
-        what = self.what
-        rows = line.shards(begin, end, shards)
+    def run_wave(self, line: prefix.Line, begin: int, end: int, shards: int, wave_id: str) -> int:
+        """Puts the interval [begin, end) of the line to the engines in so many shards; returns its rows."""
         landed = delta.scratch(self.root, self.run.run_id, wave_id)
-        score = scorer(what.settings, what.prompt.label_ids, what.load_engine)
         with engines.own_workers(self.spark):
-            scored = rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
-            scored.write.parquet(landed, mode="overwrite")
-        scored = self.spark.read.parquet(files.literal(landed))
-        figures = self._figures(scored)
+            self.ask(line.shards(begin, end, shards)).write.parquet(landed, mode="overwrite")
+        answered = self.spark.read.parquet(files.literal(landed))
+        figures = self._figures(answered)
         if not figures["rows"]:
             return 0
-        new = scored.select(
-            "pair_id",
-            F.lit(what.model.model_id).alias("model_id"),
-            F.lit(what.prompt.prompt_id).alias("prompt_id"),
-            "query",
-            "product_id",
-            "locale",
-            *P_COLUMNS,
-            "p_outside",
-            "outcome",
-            "content_hash",
-            F.lit(version).cast("bigint").alias("pairs_version"),
-            F.lit(wave_id).alias("wave_id"),
-            "prompt_tokens",
-            "tokens_cut",
-            F.lit(self.run.run_id).alias("run_id"),
-            F.current_timestamp().alias("scored_at"),
-        )
-        # A writer that slept must not put old text over new; and what another run scored meanwhile stays.
-        newer = "new.pairs_version >= old.pairs_version AND new.content_hash <> old.content_hash"
-        delta.upsert(self.spark, self.root, "label_probs", new, newer)
+        self.write(answered, wave_id)
         self._tally(figures)
         delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
         return int(figures["rows"])
 
-    def _figures(self, scored: DataFrame) -> dict[str, Any]:
-        row = scored.agg(
+    def _figures(self, answered: DataFrame) -> dict[str, Any]:
+        done = F.col("outcome") == self.done
+        there = answered.columns
+        row = answered.agg(
             F.count("*").alias("rows"),
-            F.count_if(F.col("outcome") == "scored").alias("scored"),
-            F.sum("p_outside").alias("outside"),
-            F.sum(F.when(F.col("outcome") == "scored", F.col("prompt_tokens") - F.col("cached_tokens"))).alias(
-                "computed"
-            ),
+            F.count_if(done).alias("done"),
+            F.sum("p_outside" if "p_outside" in there else F.lit(None)).alias("outside"),
+            F.sum("answer_tokens" if "answer_tokens" in there else F.lit(None)).alias("generated"),
+            F.sum(F.when(done, F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
             F.sum("tokens_cut").alias("cut"),
             F.sum("engine_seconds").alias("seconds"),
             F.collect_set("engine_id").alias("engines"),
@@ -353,24 +350,26 @@ class Night:
         return row.asDict()
 
     def _tally(self, figures: dict[str, Any]) -> None:
-        """Adds a merged wave to the run's row, and writes it now and then: a killed run shows how far it came."""
-        rows, scored = int(figures["rows"]), int(figures["scored"])
-        self._count(scored=scored, refused=rows - scored)
+        """Adds a written wave to the run's row, and writes it now and then: a killed run shows how far it came."""
+        rows, done = int(figures["rows"]), int(figures["done"])
+        self._count(**{self.done: done}, refused=rows - done)
         computed, seconds = int(figures["computed"] or 0), float(figures["seconds"])
         self._add(computed_tokens=computed, tokens_cut=int(figures["cut"]), waves=1)
+        if figures["generated"] is not None:
+            self._add(generated_tokens=int(figures["generated"]))
         self._engines |= set(figures["engines"])
         self._outside += float(figures["outside"] or 0.0)
         if computed and seconds:
             self._rate = computed / seconds
-        all_scored = self.run.counts["scored"]
+        all_done = self.run.counts[self.done]
         self.run = replace(
             self.run,
             engine_seconds=(self.run.engine_seconds or 0.0) + seconds,
             engine_loads=len(self._engines),
-            p_outside=self._outside / all_scored if all_scored else None,
+            p_outside=self._outside / all_done if all_done and figures["outside"] is not None else None,
             dtype=str(figures["dtype"]),
             engine_version=str(figures["version"]),
-            settings_hash=self.what.settings.hash,
+            settings_hash=self.settings_hash,
         )
         if time.monotonic() - self._told > TOLD_SECONDS:
             runs.write(self.spark, self.root, self.run)
@@ -400,12 +399,92 @@ class Night:
             **{name: recipe.get(name) for name in ("prompt_id", "parent_id", "data_hash", "trained_on")},
             "config": {name: str(value) for name, value in recipe.get("settings", {}).items()},
         }  # fmt: skip
-        known |= {
-            "path": model.path,
-            "metrics": {**recipe.get("metrics", {}), **(known.get("metrics") or {}), **metrics},
-        }
+        measured = {**recipe.get("metrics", {}), **(known.get("metrics") or {}), **metrics}
+        # A merged folder lies inside its adapter's, which a later stage goes on with.
+        path = known.get("path")
+        known |= {"path": path if path and Path(model.path).is_relative_to(path) else model.path, "metrics": measured}
         values = [known.get(name) for name in tables.MODELS.names]
         delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [values]))
+
+
+class Night(Waves):
+    """One run over the change feed: scores each batch, and forgets pairs that are gone."""
+
+    def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
+        super().__init__(spark, root, what, run)
+        self.error: BaseException | None = None
+        self._version = 0  # of pairs, at which the batch was read
+
+    def forget_removed_pairs(self) -> None:
+        """Removes label_probs rows, of all models, whose pair is gone."""
+        pairs = delta.read(self.spark, self.root, "pairs").select("pair_id")
+        judged = delta.read(self.spark, self.root, "label_probs").select("pair_id")
+        orphans = judged.join(pairs, "pair_id", how="left_anti")
+        if not orphans.isEmpty():
+            gone = delta.delete(self.spark, self.root, "label_probs", orphans, ("pair_id",))
+            self._count(removed=gone)
+            print(f"{JOB}: removed {gone:,} rows of pairs that are gone", flush=True)
+
+    def batch(self, changes: DataFrame, batch_id: int) -> None:
+        """One micro-batch of the change feed (foreachBatch)."""
+        try:
+            kinds = {row["_change_type"] for row in changes.select("_change_type").distinct().collect()}
+            if "delete" in kinds:
+                self.forget_removed_pairs()
+            if kinds & {"insert", "update_postimage"}:
+                changed = changes.where(F.col("_change_type").isin("insert", "update_postimage"))
+                self.score_changed(changed.select("pair_id").distinct(), f"{batch_id:04d}")
+        except BaseException as error:
+            self.error = error  # Spark wraps it in a page of Java
+            raise
+
+    def score_changed(self, changed: DataFrame, name: str) -> None:
+        """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
+        self._version = delta.version(self.spark, self.root, "pairs")
+        seen = delta.read(self.spark, self.root, "pairs", self._version).join(changed, "pair_id", how="left_semi")
+        judged = delta.read(self.spark, self.root, "label_probs").where(
+            (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
+        )
+        todo = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
+        started = time.monotonic()
+        line = self.land_line(rendered(todo, self.what.prompt), name)
+        total = seen.count()
+        self._count(seen=total, skipped=total - line.prompts)
+        if not line.prompts:
+            return
+        self.planned(line, total, time.monotonic() - started)
+        self.check_first_use(line)
+        self.run_line(line, name)
+
+    def ask(self, rows: DataFrame) -> DataFrame:
+        """Label probabilities for the wave's prompts."""
+        score = scorer(self.what.settings, self.what.prompt.label_ids, self.what.load_engine)
+        return rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
+
+    def write(self, answered: DataFrame, wave_id: str) -> None:
+        """Merges the wave into `label_probs`."""
+        what = self.what
+        new = answered.select(
+            "pair_id",
+            F.lit(what.model.model_id).alias("model_id"),
+            F.lit(what.prompt.prompt_id).alias("prompt_id"),
+            "query",
+            "product_id",
+            "locale",
+            *P_COLUMNS,
+            "p_outside",
+            "outcome",
+            "content_hash",
+            F.lit(self._version).cast("bigint").alias("pairs_version"),
+            F.lit(wave_id).alias("wave_id"),
+            "prompt_tokens",
+            "tokens_cut",
+            F.lit(self.run.run_id).alias("run_id"),
+            F.current_timestamp().alias("scored_at"),
+        )
+        # A writer that slept must not put old text over new; and what another run scored meanwhile stays.
+        newer = "new.pairs_version >= old.pairs_version AND new.content_hash <> old.content_hash"
+        delta.upsert(self.spark, self.root, "label_probs", new, newer)
 
 
 def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:
@@ -430,11 +509,11 @@ def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]
     return expected
 
 
-def progress(done: int, pairs: int, at: int, length: int, seconds: float) -> str:
+def progress(job: str, done: int, pairs: int, at: int, length: int, seconds: float) -> str:
     """One line for people: pairs done of all, pairs and tokens a second, when it will be done."""
     left = seconds / at * (length - at) if at else 0
     return (
-        f"{JOB}: {done:,} of {pairs:,} pairs · {done / seconds:,.1f} pairs/s · {at / seconds:,.0f} tokens/s · "
+        f"{job}: {done:,} of {pairs:,} pairs · {done / seconds:,.1f} pairs/s · {at / seconds:,.0f} tokens/s · "
         f"{f'{left / 60:,.1f} min left' if at < length else f'{seconds:,.0f} s'}"
     )
 

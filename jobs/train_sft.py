@@ -20,7 +20,6 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-import demo.model
 from jobs import rescore
 from schemas import delta, gold, runs
 from udfs import adapter, answer
@@ -138,14 +137,13 @@ def main(argv: list[str]) -> int:
 
 def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None = None) -> Lesson:
     """The parent and how it is asked. Raises ValueError with a sentence, before any work."""
-    found = rescore.model_folder(args.model)
-    folder = found[0] if found else rescore.registered_folder(spark, args.tables, args.model)[0]
+    folder = rescore.named_folder(spark, args.tables, args.model)
     recipe = adapter.recipe(folder)
     is_adapter = adapter.is_adapter(folder)
     if is_adapter and args.full:
         raise ValueError(f"{folder} is an adapter, which --full does not train on; leave --full away")
-    base = base_folder(folder, recipe) if is_adapter else folder
-    parent = inspect(adapter.merge(folder, base, f"{folder}/{adapter.MERGED}") if is_adapter else folder)
+    parent = inspect(rescore.whole_folder(folder))
+    base = rescore.base_folder(folder) if is_adapter else folder
     source = args.prompt or parent.prompt_file
     if source is None:
         raise ValueError(f"{folder} has no prompt.json; name one by --prompt FILE (demo/prompt.json is one that works)")
@@ -168,14 +166,6 @@ def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None
         form=answer.form(parent, prompt, order),
         trained_on=tuple(recipe.get("trained_on", ())),
     )
-
-
-def base_folder(folder: str, recipe: dict[str, Any]) -> str:
-    """Folder of an adapter's base, which its recipe names."""
-    name = recipe.get("base")
-    if not name:
-        raise ValueError(f"adapter {folder} has no {adapter.RECIPE} that names its base; merge it with peft yourself")
-    return str(demo.model.demo_model()) if name == "demo-base" else str(name)
 
 
 def train_pairs(spark: SparkSession, args: argparse.Namespace) -> DataFrame:

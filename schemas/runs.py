@@ -5,8 +5,11 @@ from __future__ import annotations
 import secrets
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import reduce
+from operator import and_
 
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from schemas import delta
 from schemas.tables import RUNS
@@ -27,6 +30,7 @@ class Run:
     waves: int | None = None
     prompt_tokens: int | None = None
     computed_tokens: int | None = None
+    generated_tokens: int | None = None
     trie_nodes: int | None = None
     block_floor: int | None = None
     tokens_cut: int | None = None
@@ -39,12 +43,31 @@ class Run:
     finished_at: datetime | None = None
 
 
-def start(spark: SparkSession, root: str, job: str, model_id: str | None = None, prompt_id: str | None = None) -> Run:
+def start(
+    spark: SparkSession,
+    root: str,
+    job: str,
+    model_id: str | None = None,
+    prompt_id: str | None = None,
+    settings_hash: str | None = None,
+) -> Run:
     """Writes the row of a run that begins now, and returns it."""
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
-    run = Run(run_id, job, "running", now, model_id=model_id, prompt_id=prompt_id)
+    run = Run(run_id, job, "running", now, model_id=model_id, prompt_id=prompt_id, settings_hash=settings_hash)
     delta.append(spark, root, "runs", _row(spark, run))
+    return run
+
+
+def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: str, settings_hash: str) -> Run:
+    """The row of a run that begins now, or goes on: the last one of this job, model, prompt and settings runs again."""
+    wanted = {"job": job, "model_id": model_id, "prompt_id": prompt_id, "settings_hash": settings_hash}
+    rows = delta.read(spark, root, "runs").where(reduce(and_, (F.col(c) == value for c, value in wanted.items())))
+    row = rows.orderBy(F.desc("started_at"), F.desc("run_id")).head()
+    if row is None:
+        return start(spark, root, job, model_id, prompt_id, settings_hash)
+    run = replace(Run(**row.asDict()), status="running", message=None, finished_at=None, counts={})
+    write(spark, root, run)
     return run
 
 

@@ -165,6 +165,73 @@ CHAINS = Table(
     },
 )
 
+SAMPLES = Table(
+    "samples",
+    "One of the answers that a model was asked for, for a judged pair",
+    ("pair_id", "model_id", "prompt_id", "run_id", "sample"),
+    (
+        Col("pair_id", "STRING", "The judged pair", True),
+        Col("model_id", "STRING", "The model that answered", True),
+        Col("prompt_id", "STRING", "The prompt it was asked with", True),
+        Col("run_id", "STRING", "The run that drew it, in runs; a run that is continued keeps its id", True),
+        Col("sample", "INT", "Number of the sample, from 0; the same number and seed draw the same answer", True),
+        Col("label", "INT", "The answer's label, 4..1; null where the answer does not have the form of one"),
+        Col("chain", "STRING", "The answer's reasoning", True),
+        Col("gold", "INT", "The human label, 4..1", True),
+        Col("correct", "BOOLEAN", "Whether label is the human label; an answer without a label is wrong", True),
+        Col("conclusion", "INT", "The label that the chain concludes, its label and echoes masked; null: none"),
+        Col("agrees", "BOOLEAN", "Whether the chain concludes the answer's own label", True),
+        Col("tokens", "INT", "Tokens of the answer, its end included", True),
+        Col("finished", "BOOLEAN", "Whether the answer ended by itself; else it was cut at the token limit", True),
+        Col("split", "STRING", "The pair's part of gold: train, dev or test", True),
+        Col("temperature", "DOUBLE", "How it was drawn; 1: from the model's own probabilities", True),
+        Col("seed", "BIGINT", "Seed of the run", True),
+        Col("content_hash", "STRING", "content_hash of the pairs row that was asked; older text if it differs", True),
+        Col("created_at", "TIMESTAMP", "When the wave was written", True),
+    ),
+    {
+        "label_range": "label IS NULL OR label BETWEEN 1 AND 4",
+        "gold_range": "gold BETWEEN 1 AND 4",
+        "correct_is_gold": "correct = (label IS NOT NULL AND label <=> gold)",
+        "agrees_is_conclusion": "agrees = (label IS NOT NULL AND label <=> conclusion)",
+        "split_named": "split IN ('train', 'dev', 'test')",
+    },
+    cluster_by=("model_id", "pair_id"),
+)
+
+EXPLANATIONS = Table(
+    "explanations",
+    "The reasoning behind one label, written on request by the model that gave the label",
+    ("pair_id", "model_id", "prompt_id"),
+    (
+        Col("pair_id", "STRING", "The judged pair", True),
+        Col("model_id", "STRING", "The model", True),
+        Col("prompt_id", "STRING", "The prompt it was asked with", True),
+        Col("label", "INT", "The label that the scores chose, 4..1; the chain was continued from it", True),
+        Col("label_source", "STRING", "How it was chosen: argmax, the likeliest label in label_probs", True),
+        Col("chain", "STRING", "The reasoning", True),
+        Col("conclusion", "INT", "The label that the chain concludes, its label and echoes masked; null: none"),
+        Col(
+            "contradicts",
+            "BOOLEAN",
+            "Whether the chain concludes another label than its own: do not trust either",
+            True,
+        ),
+        Col("tokens", "INT", "Tokens of label and chain", True),
+        Col("finished", "BOOLEAN", "Whether the chain ended by itself; else it was cut at the token limit", True),
+        Col(
+            "content_hash", "STRING", "content_hash of the pairs row that was explained; older text if it differs", True
+        ),
+        Col("run_id", "STRING", "The run that wrote it, in runs", True),
+        Col("created_at", "TIMESTAMP", "When the wave was written", True),
+    ),
+    {
+        "label_range": "label BETWEEN 1 AND 4",
+        "contradicts_is_conclusion": "contradicts = (conclusion IS NOT NULL AND conclusion <> label)",
+        "source_named": "label_source IN ('argmax')",
+    },
+)
+
 MODELS = Table(
     "models",
     "A model that may score",
@@ -239,6 +306,7 @@ RUNS = Table(
         Col("waves", "INT", "Commits of scored rows"),
         Col("prompt_tokens", "BIGINT", "Tokens asked: the sum of all prompts"),
         Col("computed_tokens", "BIGINT", "Tokens the engine computed, the rest came from its prefix cache"),
+        Col("generated_tokens", "BIGINT", "Tokens the engine wrote: samples and explanations"),
         Col("trie_nodes", "BIGINT", "Nodes of the prompts' prefix trie: the least that any cache can compute"),
         Col("block_floor", "BIGINT", "The least that a cache of whole KV blocks can compute"),
         Col("tokens_cut", "BIGINT", "Tokens of text left out by budgets and the block cut"),
@@ -254,7 +322,12 @@ RUNS = Table(
     {"status_named": "status IN ('running', 'done', 'failed')"},
 )
 
-TABLES = {t.name: t for t in (PAIRS, GOLD, LABEL_PROBS, CHAINS, PREFERENCES, MODELS, QUARANTINE, RUNS)}
+TABLES = {
+    t.name: t
+    for t in (
+        PAIRS, GOLD, LABEL_PROBS, CHAINS, SAMPLES, PREFERENCES, EXPLANATIONS, MODELS, QUARANTINE, RUNS,
+    )
+}  # fmt: skip
 
 
 def netstring(text: Column) -> Column:

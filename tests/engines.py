@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
-from udfs.engine import Answer, Engine, EngineSettings, Watchdog
+from schemas.labels import LABELS, NAMES
+from tests.models import PROMPT, tiny_tokenizer
+from udfs.answer import Form
+from udfs.engine import Answer, Engine, EngineSettings, Samples, Sampling, Watchdog
+from udfs.prompt import load
 
 
 class FakeEngine:
@@ -43,6 +49,18 @@ class FakeEngine:
             yield Answer(index, logprobs(ids), cached)
             index += 1
 
+    def samples(
+        self, prompts: Iterator[Sequence[int] | None], sampling: Sampling, ahead: int | None = None
+    ) -> Iterator[Samples]:
+        index = 0
+        for prompt in prompts:
+            if prompt is None:
+                continue
+            self.busy_seconds += 0.01 * sampling.n
+            seed = sampling.seed_of(prompt)
+            yield Samples(index, tuple(written(prompt, seed + i)[: sampling.max_tokens] for i in range(sampling.n)), 0)
+            index += 1
+
     def forget(self) -> None:
         self.seen.clear()
 
@@ -52,6 +70,29 @@ def logprobs(ids: Sequence[int]) -> tuple[float, ...]:
     digest = hashlib.sha256(repr(list(ids)).encode()).digest()
     parts = [1 + digest[i] for i in range(4)]
     return tuple(math.log(0.9 * part / sum(parts)) for part in parts)
+
+
+CHAINS = ("Missed: colour. So {own}.", "Grade {digit}. Missed: size. So {other}.", "It is blue.", "So {own}.")
+
+
+@cache
+def answer_form() -> Form:
+    """The form of the fake engine's answers: those of the tiny model's prompt."""
+    tokenizer = tiny_tokenizer()
+    prompt = load(PROMPT, tokenizer, 512)
+    end = json.loads(tokenizer)["added_tokens"][2]["id"]
+    return Form("post", prompt.label_ids, (end,), None, prompt.reserved, tokenizer)
+
+
+def written(ids: Sequence[int], seed: int) -> tuple[int, ...]:
+    """An answer drawn from a hash of ids and seed: any label, any of `CHAINS`. After a chosen label, only its chain."""
+    form = answer_form()
+    digest = hashlib.sha256(repr((list(ids), seed)).encode()).digest()
+    chosen = ids[-1] in form.label_ids
+    label = LABELS[form.label_ids.index(ids[-1])] if chosen else LABELS[digest[0] % 4]
+    other = LABELS[LABELS.index(label) - 1]
+    chain = CHAINS[digest[1] % 4].format(own=NAMES[label], other=NAMES[other], digit=label)
+    return tuple(form.target(label, chain)[1 if chosen else 0 :])
 
 
 _loaded: dict[EngineSettings, FakeEngine] = {}

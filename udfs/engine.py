@@ -1,4 +1,4 @@
-"""The engine: vLLM, loaded once per worker process, fed with token ids, asked for the log-probabilities of four tokens.
+"""The engine: vLLM, loaded once per worker process, fed with token ids, asked for label log-probabilities or for text.
 
 This is the only file that imports vllm. The engine runs inside the Spark worker's own process, not in a child: when the
 worker dies the engine is gone with it, and when the engine dies so does the worker, so a task that Spark tries again
@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,10 +31,10 @@ class EngineSettings:
 
     dtype: number type of the weights and activations ("auto": the model's own, "bfloat16", "float32").
     fp32_head: project onto the vocabulary in float32; bf16 logits alone are steps of 0.06 to 0.25 nat wide.
-    max_model_len: longest prompt plus one answer token, in tokens. block_size: tokens in a KV block; 32 is the least
+    max_model_len: longest prompt and answer together, in tokens. block_size: tokens in a KV block; 32 is the least
     that gives prefix hits on CPU. kv_cache_gib: KV cache on CPU. gpu_memory: share of a GPU's memory on CUDA.
-    max_num_seqs, max_num_batched_tokens: pairs and tokens in one step of the engine.
-    tensor_parallel: GPUs that hold one copy of the model. hang_seconds: no pair finished for so long is a hang.
+    max_num_seqs, max_num_batched_tokens: pairs (or samples) and tokens in one step of the engine.
+    tensor_parallel: GPUs that hold one copy of the model. hang_seconds: no step finished for so long is a hang.
     """
 
     model: str
@@ -70,8 +70,42 @@ class Answer:
     cached: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How text is drawn. n: samples of each prompt. max_tokens: of each sample, the end token included.
+
+    end_ids: tokens that end a sample; it holds them. seed: with the prompt's own ids it decides the draw, so a sample
+    does not depend on the shard or the neighbours (up to the noise of a batch in the logits), and the first samples of
+    n = 8 are those of n = 4. temperature 0 draws nothing: the likeliest token each time, and n must be 1.
+    """
+
+    max_tokens: int
+    end_ids: tuple[int, ...]
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def seed_of(self, prompt: Sequence[int]) -> int:
+        """Seed of a prompt's first sample; the others' follow it."""
+        digest = hashlib.sha256(repr((self.seed, *prompt)).encode()).digest()
+        return int.from_bytes(digest[:6], "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What the engine wrote after prompt number `index`: token ids of each sample, in the order of their seeds.
+
+    cached: prompt tokens that came from the prefix cache, of one of the samples.
+    """
+
+    index: int
+    ids: tuple[tuple[int, ...], ...]
+    cached: int
+
+
 class Engine(Protocol):
-    """What scoring needs of an engine; the tests of Spark and Delta bring one that needs no model."""
+    """What the jobs need of an engine; the tests of Spark and Delta bring one that needs no model."""
 
     id: str
     version: str
@@ -83,6 +117,11 @@ class Engine(Protocol):
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
     ) -> Iterator[Answer]:
         """Answers in any order; `None` among the prompts means that none is ready at this moment."""
+
+    def samples(
+        self, prompts: Iterator[Sequence[int] | None], sampling: Sampling, ahead: int | None = None
+    ) -> Iterator[Samples]:
+        """Continuations of the prompts, in any order; all samples of a prompt come together."""
 
     def forget(self) -> None:
         """Empties the prefix cache."""
@@ -127,11 +166,14 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         on_cpu = current_platform.is_cpu()
-        device: dict[str, Any] = (
-            {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
-            if on_cpu
-            else {"gpu_memory_utilization": settings.gpu_memory}
-        )
+        device: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory}
+        budget = settings.max_num_batched_tokens
+        if on_cpu:
+            device = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
+            # vLLM 0.32 breaks on CPU when a prompt with a seed of its own is computed in pieces ("CPU Generator does
+            # not use offset"), so a step takes whole prompts and must have room for the longest.
+            device["enable_chunked_prefill"] = False
+            budget = max(budget, settings.max_model_len)
         arguments = EngineArgs(
             model=settings.model,
             skip_tokenizer_init=True,  # it is fed with ids only; the tokenizer is the prompt's business
@@ -143,7 +185,7 @@ class VllmEngine:
             block_size=settings.block_size,
             enable_prefix_caching=True,
             max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_batched_tokens=budget,
             tensor_parallel_size=settings.tensor_parallel,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -179,7 +221,44 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        ahead = ahead or 2 * self.settings.max_num_seqs
+        for index, output in self._outputs(prompts, lambda _: parameters, ahead or 2 * self.settings.max_num_seqs):
+            by_id = output.outputs[0].logprobs[0]
+            yield Answer(index, tuple(by_id[i].logprob for i in label_ids), output.num_cached_tokens or 0)
+
+    def samples(
+        self, prompts: Iterator[Sequence[int] | None], sampling: Sampling, ahead: int | None = None
+    ) -> Iterator[Samples]:
+        """Streams prompts through the engine as `answers` does; yields their samples, prompt by prompt.
+
+        All samples of a prompt enter together and share its full KV blocks; each computes what is behind the last one.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        def parameters(prompt: Sequence[int]) -> SamplingParams:
+            return SamplingParams(
+                n=sampling.n,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed_of(prompt) if sampling.temperature else None,
+                stop_token_ids=list(sampling.end_ids),
+                ignore_eos=True,  # what ends an answer is said above, not by the engine's own reading of the folder
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
+            )
+
+        # Enough samples that a finished one is replaced at once, without keeping the cache full of waiting prompts.
+        ahead = ahead or max(1, 2 * self.settings.max_num_seqs // sampling.n)
+        for index, output in self._outputs(prompts, parameters, ahead):
+            ids = tuple(tuple(one.token_ids) for one in sorted(output.outputs, key=lambda one: one.index))
+            yield Samples(index, ids, output.num_cached_tokens or 0)
+
+    def _outputs(
+        self, prompts: Iterator[Sequence[int] | None], parameters: Callable[[Sequence[int]], Any], ahead: int
+    ) -> Iterator[tuple[int, Any]]:
+        """Number and final output of each prompt, in the order they finish; at most `ahead` prompts are inside."""
         engine, exhausted, index, inside = self._engine, False, 0, 0
         # The watch runs only while there is work inside: waiting for prompts is Spark's time, not the engine's.
         try:
@@ -194,7 +273,7 @@ class VllmEngine:
                         break
                     started = time.monotonic()
                     with _broken_engine_ends_the_process():
-                        engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, parameters)
+                        engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, parameters(prompt))
                     self.busy_seconds += time.monotonic() - started
                     index += 1
                     inside += 1
@@ -203,15 +282,18 @@ class VllmEngine:
                 started = time.monotonic()
                 with Watchdog(self.settings.hang_seconds) as watchdog, _broken_engine_ends_the_process():
                     outputs: list[Any] = []
-                    while not outputs:  # a long prompt takes several steps
+                    # A long prompt takes several steps, text one a token. Each moves something on, so there is an end.
+                    for _ in range(inside * 2 * self.max_model_len):
                         outputs = engine.step()
-                    watchdog.pet()
+                        watchdog.pet()
+                        if outputs:
+                            break
+                    else:
+                        raise RuntimeError("the engine steps on and on, and no prompt is finished")
                 self.busy_seconds += time.monotonic() - started
                 inside -= len(outputs)
                 for output in outputs:
-                    by_id = output.outputs[0].logprobs[0]
-                    logprobs = tuple(by_id[i].logprob for i in label_ids)
-                    yield Answer(int(output.request_id.split("-")[0]), logprobs, output.num_cached_tokens or 0)
+                    yield int(output.request_id.split("-")[0]), output
         finally:
             if inside:  # the consumer stopped early: leave no request behind for the next task
                 engine.abort_request([str(i) for i in range(index)])
