@@ -36,16 +36,18 @@ if ! spark_home=$("${python:-false}" -c "$find_spark" 2>/dev/null); then
     exit 2
 fi
 
-# Packs the project's code into the zip file $1; equal code makes equal bytes.
+# Packs the project's code into the zip file $1, with the demo's adapter where $2 is given; equal code, equal bytes.
 pack() {
-    "$python" - "$repo" "$1" <<'EOF'
+    "$python" - "$repo" "$@" <<'EOF'
 import sys, zipfile
 from pathlib import Path
 
-repo, target = map(Path, sys.argv[1:])
+repo, target = map(Path, sys.argv[1:3])
 files = [f for room in ("schemas", "udfs", "partitioner", "jobs", "demo") for f in (repo / room).glob("*.py")]
 with zipfile.ZipFile(target, "w") as archive:
-    for file in sorted([*files, repo / "demo" / "prompt.json"]):
+    # The demo's adapter goes only into an archive that must do without the checkout: it is ten times all the rest.
+    files += [repo / "demo" / "prompt.json", *(repo / "demo" / "adapter").glob("*.*" if sys.argv[3:] else "*.json")]
+    for file in sorted(files):
         archive.writestr(zipfile.ZipInfo(file.relative_to(repo).as_posix()), file.read_bytes(), zipfile.ZIP_DEFLATED)
 EOF
 }
@@ -67,7 +69,7 @@ while [ $# -gt 0 ]; do
     case $option=$value in
         --archive=*)
             mkdir -p "$(dirname "$value")"
-            pack "$value"
+            pack "$value" whole
             echo "$value"
             exit 0
             ;;

@@ -26,7 +26,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS = "model.safetensors"
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 CONTEXT = 8192
-ADAPTER = Path(__file__).resolve().parent / "adapter"  # what the three stages of training made of it
 
 
 def demo_model(cache: Path | None = None) -> Path:
@@ -45,6 +44,20 @@ def demo_model(cache: Path | None = None) -> Path:
             _build(folder)
         _check(folder)
         _refresh_prompt(folder)
+    return folder
+
+
+def demo_adapter() -> Path:
+    """Folder of the adapter that the three stages of training made; out of an archive it is copied into the cache."""
+    inside = importlib.resources.files("demo") / "adapter"
+    if isinstance(inside, Path):
+        return inside
+    folder = default_cache() / "demo-adapter"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in inside.iterdir():
+        partial = folder / f"{file.name}.{os.getpid()}.partial"
+        partial.write_bytes(file.read_bytes())
+        partial.rename(folder / file.name)
     return folder
 
 

@@ -118,7 +118,7 @@ def _folder(name: str) -> str | None:
     if name == "demo-base":
         return str(demo.model.demo_model())
     if name == "demo":
-        return str(demo.model.ADAPTER)
+        return str(demo.model.demo_adapter())
     if len(name) == 16 and set(name) <= set("0123456789abcdef") and not Path(name).exists():
         return None
     return name
@@ -128,7 +128,7 @@ def whole_folder(folder: str) -> str:
     """The folder itself, or what an adapter and its base make together. Raises ValueError with a sentence."""
     if not adapter.is_adapter(folder):
         return folder
-    if Path(folder) == demo.model.ADAPTER:  # the checkout or archive may be read-only
+    if Path(folder) == demo.model.demo_adapter():  # a checkout may be read-only
         return adapter.merge(folder, base_folder(folder), str(demo.model.default_cache() / "demo-tuned"))
     return adapter.merge(folder, base_folder(folder), str(Path(folder) / adapter.MERGED))
 

@@ -27,7 +27,7 @@ from udfs.model import Model, inspect
 from udfs.prompt import Prompt
 from udfs.prompt import load as load_prompt
 from udfs.render import rendered
-from udfs.train import TrainSettings, land, launch, leave
+from udfs.train import TrainSettings, draw, land, launch, leave
 
 JOB = "train_sft"
 
@@ -214,6 +214,7 @@ def train(
         figures = launch(how, args.processes, **more)
         shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
         leave(how, recipe | {"metrics": figures}, lesson.base_name, lesson.base)
+        print(f"{job}: its log as charts: {draw(how.out)}")
         whole = how.out if how.full else adapter.merge(how.out, lesson.base, f"{how.out}/{adapter.MERGED}")
         made = inspect(whole)
         delta.upsert(

@@ -137,6 +137,24 @@ def leave(settings: TrainSettings, recipe: dict[str, Any], base_name: str, base:
                 shutil.copyfile(file, out / file.name)
 
 
+def draw(out: str) -> str:
+    """Draws the stage's log as charts, one a figure, into a page that needs no network; returns its path."""
+    import altair
+    import pandas
+
+    log = pandas.read_json(f"{out}/{LOG}", lines=True)
+    drawn = [name for name in log.columns if name in _DRAWN and log[name].notna().any()]
+    charts = [
+        altair.Chart(log[["step", name]].dropna().rename(columns={name: "value"}), title=name, width=320, height=150)
+        .mark_line()
+        .encode(altair.X("step:Q"), altair.Y("value:Q", title=None, scale=altair.Scale(zero=False)))
+        for name in drawn
+    ]
+    page = f"{out}/log.html"
+    altair.concat(*charts, columns=3).save(page, inline=True)
+    return page
+
+
 def policy(settings: TrainSettings) -> Any:
     """The model that is trained: base weights in `dtype` (frozen, or float32 where all are trained) and an adapter."""
     import torch
@@ -554,6 +572,12 @@ def _log(settings: TrainSettings) -> TrainerCallback:
     return Log()
 
 
+_DRAWN = (
+    "loss", "label_loss", "chain_loss", "label_accuracy", "learning_rate", "grad_norm", "rewards/margins",
+    "rewards/accuracies", "logps/chosen", "logps/rejected", "reward", "rewards/right/mean", "rewards/formed/mean",
+    "rewards/agrees/mean", "kl", "entropy", "completions/mean_length", "groups_without_spread", "frac_reward_zero_std",
+    "p_gold_drawn", "generated_tokens",
+)  # fmt: skip
 _SHOWN = (
     "loss", "label_loss", "chain_loss", "label_accuracy", "rewards/margins", "rewards/accuracies", "rewards/right/mean",
     "rewards/agrees/mean", "groups_without_spread", "kl",

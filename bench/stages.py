@@ -1,0 +1,184 @@
+"""What each stage of training brought, on queries that no stage has seen: one table, with intervals by query.
+
+    python -m bench.stages --tables T --models demo-base DIR/sft DIR/dpo DIR/grpo [--split test]
+
+Each model scores the pairs (`rescore`) and answers those of the split eight times (`sample`) where it has not done so
+yet; then all figures are read off the tables. Labels are arg-max of the scores; pass@k is the unbiased estimate over
+the samples; intervals are 95 % percentiles over 1,000 resamples of whole queries, since pairs of a query are not
+independent. Uniform guessing reaches pass@1 0.250 and pass@4 0.684.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+import demo.catalogue
+from jobs import rescore
+from schemas import delta
+from schemas.labels import LABELS, NAMES, P_COLUMNS
+from udfs.model import inspect
+
+REPO = Path(__file__).resolve().parent.parent
+N = 8
+RESAMPLES = 1000
+
+
+def main(argv: list[str]) -> int:
+    """Prints the tables; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tables", required=True, type=delta.root)
+    parser.add_argument("--models", required=True, nargs="+", help="demo-base, folders or adapters, in order")
+    parser.add_argument("--split", default="test", choices=("dev", "test"))
+    args = parser.parse_args(argv)
+    for model in args.models:
+        spoken(["rescore", "--tables", args.tables, "--model", model])
+        spoken(["sample", "--tables", args.tables, "--model", model, "--split", args.split, "--n", str(N)])
+    spark = delta.session("stages")
+    measured = {}
+    for model in args.models:
+        found = rescore.model_folder(model) or rescore.registered_folder(spark, args.tables, model)
+        measured[Path(model).name] = read(spark, args.tables, inspect(found[0]).model_id, args.split)
+    print(overall(measured))
+    print()
+    print(by_kind(measured))
+    return 0
+
+
+def spoken(command: list[str]) -> None:
+    """Runs a job of the project, its output on standard error."""
+    subprocess.run([str(REPO / "spark-submit.sh"), *command], check=True, stdout=sys.stderr)  # noqa: S603
+
+
+def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str, np.ndarray]:
+    """Columns of equal length, a row a judged pair: query, gold, p [n, 4], and of its answers how many are right."""
+    kinds = demo.catalogue.query_kinds()
+    gold = (
+        delta.read(spark, root, "gold").where(F.col("split") == split).select("pair_id", F.col("label").alias("gold"))
+    )
+    scores = delta.read(spark, root, "label_probs").where(
+        (F.col("model_id") == model_id) & (F.col("outcome") == "scored")
+    )
+    samples = delta.read(spark, root, "samples").where((F.col("model_id") == model_id) & (F.col("split") == split))
+    run = samples.agg(F.max("run_id")).collect()[0][0]
+    answers = (
+        samples.where(F.col("run_id") == run)
+        .groupBy("pair_id")
+        .agg(
+            F.count("*").alias("n"),
+            F.sum(F.col("correct").cast("int")).alias("right"),
+            F.sum((F.col("correct") & F.col("agrees") & F.col("finished")).cast("int")).alias("right_with_chain"),
+            F.sum(F.col("agrees").cast("int")).alias("agrees"),
+            F.sum("tokens").alias("tokens"),
+        )
+    )
+    rows = gold.join(scores, "pair_id", how="inner").join(answers, "pair_id", how="inner").orderBy("pair_id").collect()
+    if not rows:
+        raise ValueError(f"model {model_id} has no scored and sampled pair of the split {split}")
+    columns = {
+        name: np.array([row[name] for row in rows])
+        for name in ("query", "gold", "n", "right", "right_with_chain", "agrees")
+    }
+    return columns | {
+        "p": np.array([[row[p] for p in P_COLUMNS] for row in rows]),
+        "kind": np.array([kinds.get(row["query"], "other") for row in rows]),
+    }
+
+
+Columns = dict[str, Any]
+
+
+def f1(rows: Columns) -> np.ndarray:
+    """F1 of labels 4, 3, 2, 1 by arg-max; NaN for a label that neither gold nor prediction holds."""
+    gold, said = rows["gold"], np.array(LABELS)[rows["p"].argmax(axis=1)]
+    hits = np.array([((gold == label) & (said == label)).sum() for label in LABELS])
+    either = np.array([(gold == label).sum() + (said == label).sum() for label in LABELS])
+    with np.errstate(invalid="ignore"):
+        return np.asarray(2 * hits / either)
+
+
+def accuracy(rows: Columns) -> float:
+    """Share of pairs whose arg-max is the human label."""
+    return float((rows["gold"] == np.array(LABELS)[rows["p"].argmax(axis=1)]).mean())
+
+
+def pass_at(rows: Columns, k: int, column: str = "right") -> float:
+    """Unbiased pass@k: 1 − C(n−c, k) / C(n, k), averaged over pairs (Chen et al. 2021, arXiv 2107.03374)."""
+    n, c = rows["n"].astype(float), rows[column].astype(float)
+    fails = np.ones(len(n))
+    for j in range(k):
+        fails *= np.clip(n - c - j, 0, None) / (n - j)
+    return float((1 - fails).mean())
+
+
+def ece(rows: Columns, bins: int = 10) -> float:
+    """Expected calibration error of the arg-max: |confidence − accuracy| over ten bins of equal width, by weight."""
+    confidence, right = rows["p"].max(axis=1), rows["gold"] == np.array(LABELS)[rows["p"].argmax(axis=1)]
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[bin_of == b].mean() - right[bin_of == b].mean()) * (bin_of == b).mean() for b in set(bin_of)]
+    return float(sum(gaps))
+
+
+MEASURES: dict[str, Callable[[Columns], float]] = {
+    "macro-F1": lambda rows: float(np.nanmean(f1(rows))),
+    **{f"F1 {NAMES[label]}": lambda rows, i=i: float(f1(rows)[i]) for i, label in enumerate(LABELS)},  # type: ignore[misc]
+    "accuracy": accuracy,
+    "pass@1": lambda rows: pass_at(rows, 1),
+    "pass@4": lambda rows: pass_at(rows, 4),
+    "pass@1 with chain": lambda rows: pass_at(rows, 1, "right_with_chain"),
+    "pass@4 with chain": lambda rows: pass_at(rows, 4, "right_with_chain"),
+    "chain agrees": lambda rows: float(rows["agrees"].sum() / rows["n"].sum()),
+    "ECE": ece,
+}
+
+
+def interval(rows: Columns, measure: Callable[[Columns], float], seed: int = 0) -> tuple[float, float]:
+    """95 % of the measure over resamples of whole queries."""
+    queries = np.unique(rows["query"])
+    of_query = {query: np.flatnonzero(rows["query"] == query) for query in queries}
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(RESAMPLES):
+        chosen = np.concatenate([of_query[query] for query in generator.choice(queries, len(queries))])
+        found.append(measure({name: column[chosen] for name, column in rows.items()}))
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def overall(measured: dict[str, Columns]) -> str:
+    """A Markdown table: a row a measure, a column a model, intervals in brackets."""
+    lines = ["| | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
+    for name, measure in MEASURES.items():
+        cells = []
+        for rows in measured.values():
+            low, high = interval(rows, measure)
+            cells.append(f"{measure(rows):.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    any_rows = next(iter(measured.values()))
+    lines.append(f"\n{len(any_rows['gold']):,} pairs of {len(np.unique(any_rows['query'])):,} queries")
+    return "\n".join(lines)
+
+
+def by_kind(measured: dict[str, Columns]) -> str:
+    """A Markdown table: macro-F1 for each kind of query."""
+    lines = ["| macro-F1 by kind | pairs | " + " | ".join(measured) + " |", "|---" * (len(measured) + 2) + "|"]
+    kinds = next(iter(measured.values()))["kind"]
+    for kind in [k for k in (*demo.catalogue.KINDS, "other") if k in kinds]:
+        cells = []
+        for rows in measured.values():
+            mine = {name: column[rows["kind"] == kind] for name, column in rows.items()}
+            cells.append(f"{np.nanmean(f1(mine)):.3f}")
+        lines.append(f"| {kind} | {(kinds == kind).sum()} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

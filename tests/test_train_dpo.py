@@ -1,0 +1,77 @@
+"""Preferences: which answers are set against each other."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs.train_dpo import preferences
+from schemas import delta
+
+Answer = tuple[int, str, bool]  # label, chain, whether it agrees
+
+
+def answers(spark: SparkSession, of_pair: dict[str, tuple[int, list[Answer]]]) -> DataFrame:
+    """Rows of `samples`: for each pair its gold label and its answers, numbered."""
+    rows = [
+        [
+            pair, "m", "p", "r", number, label, chain, gold, label == gold, label if agrees else None, agrees, 20, True,
+            "train", 1.0, 0, "h", datetime(2026, 1, 1, tzinfo=UTC),
+        ]
+        for pair, (gold, told) in of_pair.items()
+        for number, (label, chain, agrees) in enumerate(told)
+    ]  # fmt: skip
+    return delta.rows(spark, "samples", rows)
+
+
+def made(spark: SparkSession, of_pair: dict[str, tuple[int, list[Answer]]], per_pair: int = 2) -> list[dict[str, Any]]:
+    return [row.asDict() for row in preferences(answers(spark, of_pair), per_pair, seed=0).collect()]
+
+
+def test_right_answers_with_chains_that_conclude_them_are_set_against_wrong_ones_of_the_same_pair(
+    spark: SparkSession,
+) -> None:
+    found = made(
+        spark,
+        {
+            "a": (4, [(4, "good", True), (3, "bad", True), (4, "good", True), (3, "bad", True), (4, "muddled", False)]),
+            "never": (4, [(3, "bad", True), (2, "worse", True)]),
+            "always": (2, [(2, "good", True), (2, "fine", True)]),
+        },
+    )
+    assert [(r["pair_id"], r["label"], r["chosen_chain"], r["rejected_label"], r["rejected_chain"]) for r in found] == [
+        ("a", 4, "good", 3, "bad")  # equal answers count once, a chain that does not conclude its label is not chosen
+    ]
+
+
+def test_a_pair_gives_at_most_so_many_and_the_order_of_rows_changes_nothing(spark: SparkSession) -> None:
+    told: list[Answer] = [(4, f"right {n}", True) for n in range(5)] + [
+        (1 + n % 3, f"wrong {n}", True) for n in range(5)
+    ]
+    rows = answers(spark, {"a": (4, told)})
+    one, other = (
+        preferences(r, 3, seed=0).drop("created_at").collect() for r in (rows, rows.orderBy("chain").repartition(2))
+    )
+    assert len(one) == 3
+    assert sorted(one) == sorted(other)
+    assert len({r["chosen_sample"] for r in one}) == len({r["rejected_sample"] for r in one}) == 3
+
+
+def test_a_common_label_gets_at_most_twice_what_the_rarest_gets(spark: SparkSession) -> None:
+    mixed: dict[str, tuple[int, list[Answer]]] = {
+        f"four {n}": (4, [(4, "good", True), (1, "bad", True)]) for n in range(9)
+    }
+    mixed["one"] = (1, [(1, "good", True), (2, "bad", True)])
+    found = [r["label"] for r in made(spark, mixed)]
+    assert (found.count(4), found.count(1)) == (2, 1)
+
+
+@pytest.mark.parametrize("column", ["label", "rejected_label"])
+def test_the_table_takes_no_label_of_another_scale(spark: SparkSession, root: str, column: str) -> None:
+    (row,) = preferences(answers(spark, {"a": (4, [(4, "good", True), (3, "bad", True)])}), 1, 0).collect()
+    wrong = row.asDict() | {column: 5}
+    with pytest.raises(Exception, match="label_range"):
+        delta.append(spark, root, "preferences", delta.rows(spark, "preferences", [list(wrong.values())]))
