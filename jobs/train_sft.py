@@ -21,6 +21,7 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from jobs import rescore
+from partitioner import engines
 from schemas import delta, gold, runs
 from udfs import adapter, answer
 from udfs.model import Model, inspect
@@ -211,7 +212,7 @@ def train(
             "data_hash": land(how, data),
             "settings": how.recipe(),
         }
-        figures = launch(how, args.processes, **more)
+        figures = launch(how, args.processes, not engines.is_local(spark), **more)
         shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
         leave(how, recipe | {"metrics": figures}, lesson.base_name, lesson.base)
         print(f"{job}: its log as charts: {draw(how.out)}")

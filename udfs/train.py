@@ -103,14 +103,19 @@ def land(settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> str:
     return data_hash
 
 
-def launch(settings: TrainSettings, processes: int, **more: Any) -> dict[str, float]:
-    """Runs a stage in this process, or in `processes` of them, one a GPU; returns its last figures."""
+def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **more: Any) -> dict[str, float]:
+    """Runs a stage in this process, or in `processes` of them, one a GPU; returns its last figures.
+
+    They run on this machine, or as tasks of the Spark cluster; then `out` must lie on a disk that all of them see.
+    """
     if processes == 1:
         return stage(settings, **more)
     import torch
     from pyspark.ml.torch.distributor import TorchDistributor
 
-    distributor = TorchDistributor(num_processes=processes, local_mode=True, use_gpu=torch.cuda.is_available())
+    distributor = TorchDistributor(
+        processes, local_mode=not on_cluster, use_gpu=on_cluster or torch.cuda.is_available()
+    )
     figures: dict[str, float] = distributor.run(stage, settings, **more)
     return figures
 
