@@ -31,7 +31,7 @@ def adapted(base: Path, folder: Path, **changes: Any) -> Any:
         for name, weight in made.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
-    made.save_pretrained(folder)
+    made.save_pretrained(str(folder))
     (folder / adapter.RECIPE).write_text(
         json.dumps({"base": "x", "base_hash": weights_hash(str(base)), "stage": "sft"})
     )

@@ -42,7 +42,7 @@ def test_loss_and_gradients_of_a_forest_are_those_of_its_rows_apart(model: Any) 
 
     model.zero_grad()
     wanted = -torch.cat([apart(model, row) for row in ROWS]).mean()
-    wanted.backward()
+    wanted.backward()  # type: ignore[no-untyped-call]
     gradients = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
@@ -51,7 +51,7 @@ def test_loss_and_gradients_of_a_forest_are_those_of_its_rows_apart(model: Any) 
     labels = inputs.pop("labels")[0, 1:]
     logits = model(**inputs).logits[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
 
     assert torch.allclose(loss, wanted, atol=1e-5)
     for own, other in zip(model.parameters(), gradients, strict=True):
@@ -61,7 +61,10 @@ def test_loss_and_gradients_of_a_forest_are_those_of_its_rows_apart(model: Any) 
 def test_answers_to_one_prompt_have_the_logprobs_and_entropies_that_they_have_apart(model: Any) -> None:
     import torch
 
-    groups = [((5, 6, 7), [(8, 9), (10,), (8, 11, 12)]), ((20, 21, 22, 23), [(24,)])]
+    groups: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = [
+        ((5, 6, 7), [(8, 9), (10,), (8, 11, 12)]),
+        ((20, 21, 22, 23), [(24,)]),
+    ]
     found = logprobs(model, groups, temperature=1.0)
     rows = [Row(tuple(prompt[:-1]), tuple(prompt[-1:]), answer) for prompt, answers in groups for answer in answers]
     for row, (own, entropy) in zip(rows, found, strict=True):

@@ -56,7 +56,13 @@ def lessons(answers: Form, count: int = 48) -> list[dict[str, Any]]:
 
 def settings(base: Path, out: Path, stage: str = "sft", **changes: Any) -> TrainSettings:
     out.mkdir(parents=True, exist_ok=True)
-    told = {"full": True, "dtype": "float32", "learning_rate": 3e-3, "batch_tokens": 256, "accumulate": 1} | changes
+    told: dict[str, Any] = {
+        "full": True,
+        "dtype": "float32",
+        "learning_rate": 3e-3,
+        "batch_tokens": 256,
+        "accumulate": 1,
+    } | changes
     return TrainSettings(stage=stage, base=str(base), out=str(out), **told)
 
 
@@ -82,7 +88,7 @@ def run(how: TrainSettings, rows: list[dict[str, Any]], **more: Any) -> dict[str
 @pytest.fixture(scope="module")
 def taught(base: Path, answers: Form, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("taught") / "sft"
-    run(settings(base, out, epochs=7), lessons(answers), label_at=0)
+    run(settings(base, out, epochs=3), lessons(answers), label_at=0)
     return out
 
 

@@ -147,5 +147,5 @@ def logprobs(model: Any, groups: Sequence[tuple[Sequence[int], Sequence[Sequence
         with torch.no_grad():
             entropy = -(every.exp() * every).sum(-1)
         lengths = [len(answer) for answer in answers]
-        found += list(zip(own.split(lengths), entropy.split(lengths), strict=True))
+        found += list(zip(torch.split(own, lengths), torch.split(entropy, lengths), strict=True))
     return found

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,7 +90,7 @@ def land(settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> str:
     import pyarrow.parquet as pq
 
     data_hash = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    plan = {"data_hash": data_hash, "settings": dataclasses.asdict(settings)}
+    plan: dict[str, Any] = {"data_hash": data_hash, "settings": dataclasses.asdict(settings)}
     file = Path(settings.out) / PLAN
     if file.is_file() and (was := json.loads(file.read_text(encoding="utf-8"))) != plan:
         keys = {**was["settings"], **plan["settings"]}
@@ -116,8 +116,7 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     distributor = TorchDistributor(
         processes, local_mode=not on_cluster, use_gpu=on_cluster or torch.cuda.is_available()
     )
-    figures: dict[str, float] = distributor.run(stage, settings, **more)
-    return figures
+    return distributor.run(stage, settings, **more) or {}
 
 
 def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
@@ -125,7 +124,8 @@ def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(f"{settings.out}/{DATA}").to_pylist()
-    return STAGES[settings.stage](settings, rows, **more)
+    stages: dict[str, Callable[..., dict[str, float]]] = {"sft": sft, "dpo": dpo, "grpo": grpo}
+    return stages[settings.stage](settings, rows, **more)
 
 
 def leave(settings: TrainSettings, recipe: dict[str, Any], base_name: str, base: str) -> None:
@@ -343,7 +343,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
     class Trainer(GRPOTrainer):
         """GRPO where all answers to a pair share its prompt in the forward pass too."""
 
-        def _get_per_token_logps_and_entropies(  # type: ignore[override]
+        def _get_per_token_logps_and_entropies(
             self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *_: Any, **__: Any
         ) -> Any:
             of_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -367,14 +367,14 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
                 entropies[i, : len(entropy)] = entropy
             return logps, entropies, None
 
-    def right(completion_ids: list[list[int]], label: list[int], **_: Any) -> list[float]:
+    def right(completion_ids: list[list[int]], label: list[int], **_: Any) -> list[float | None]:
         return [float(form.read(ids).label == own) for ids, own in zip(completion_ids, label, strict=True)]
 
-    def formed(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def formed(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         read = [form.read(ids) for ids in completion_ids]
         return [float(r.finished and r.label is not None and conclusion(r.chain) is not None) for r in read]
 
-    def agrees(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def agrees(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         read = [form.read(ids) for ids in completion_ids]
         return [float(r.label is not None and conclusion(r.chain) == r.label) for r in read]
 
@@ -428,8 +428,8 @@ def rolled_out(
     import torch
 
     model.eval()
-    kept: list[tuple[int, list[list[int]]]] = []
-    spare: list[tuple[int, list[list[int]]]] = []
+    kept: list[tuple[int, list[int]]] = []  # number of a pair, first token of each of its answers
+    spare: list[tuple[int, list[int]]] = []
     drawn = without = 0
     with torch.no_grad():
         for attempt in range(REFILLS):
@@ -442,7 +442,7 @@ def rolled_out(
                 drawn += 1
                 without += not has_spread
                 chosen = kept if has_spread or settings.uniform or form.order == "pre" else spare
-                chosen.append((i, [[token] for token in first]))
+                chosen.append((i, first))
             if len(kept) >= groups:
                 break
         chosen = (kept + spare)[:groups]
@@ -593,8 +593,7 @@ def _last_checkpoint(settings: TrainSettings) -> str | None:
     from transformers.trainer_utils import get_last_checkpoint
 
     checkpoints = f"{settings.out}/checkpoints"
-    found: str | None = get_last_checkpoint(checkpoints) if os.path.isdir(checkpoints) else None
-    return found
+    return get_last_checkpoint(checkpoints) if os.path.isdir(checkpoints) else None  # type: ignore[no-untyped-call]
 
 
 def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
@@ -621,6 +620,3 @@ def _cut_log(settings: TrainSettings, step: int) -> None:
     if log.exists():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
         log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-STAGES = {"sft": sft, "dpo": dpo, "grpo": grpo}
