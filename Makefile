@@ -23,7 +23,7 @@ demo: setup java ## the whole pipeline on a made-up catalogue, with a small real
 	./demo/run.sh
 
 test: lint java ## style, types and the tests that are quick; under ten minutes
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: lint java ## style, types and all tests
 	$(PYTHON) -m pytest

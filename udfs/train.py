@@ -130,10 +130,17 @@ def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
 
 def leave(settings: TrainSettings, recipe: dict[str, Any], base_name: str, base: str) -> None:
     """What a whole folder needs beside its weights; nothing in it names this machine's folders."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     out = Path(settings.out)
     (out / RECIPE).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     config = out / "adapter_config.json"
     if config.is_file():
+        # As the base it is added to: half the bytes, and the sum is rounded to that anyway.
+        weights = load_file(out / "adapter_model.safetensors")
+        halved = {name: weight.to(getattr(torch, settings.dtype)) for name, weight in weights.items()}
+        save_file(halved, out / "adapter_model.safetensors", metadata={"format": "pt"})
         told = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:
