@@ -214,16 +214,13 @@ def train(
         }
         figures = launch(how, args.processes, not engines.is_local(spark), **more)
         shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
-        leave(how, recipe | {"metrics": figures}, lesson.base_name, lesson.base)
+        recipe |= {"metrics": figures}
+        leave(how, recipe, lesson.base_name, lesson.base)
+        made = inspect(rescore.whole_folder(how.out))
+        leave(how, recipe | {"merged_hash": made.weights_hash}, lesson.base_name, lesson.base)
         print(f"{job}: its log as charts: {draw(how.out)}")
-        whole = how.out if how.full else adapter.merge(how.out, lesson.base, f"{how.out}/{adapter.MERGED}")
-        made = inspect(whole)
-        delta.upsert(
-            spark,
-            args.tables,
-            "models",
-            delta.rows(spark, "models", [model_row(made, how.out, recipe | {"metrics": figures})]),
-        )
+        rows = delta.rows(spark, "models", [model_row(made, how.out, recipe)])
+        delta.upsert(spark, args.tables, "models", rows)
     except BaseException as error:
         runs.finish(spark, args.tables, run, "failed", (str(error) or repr(error)).splitlines()[0])
         raise

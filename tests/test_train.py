@@ -96,7 +96,7 @@ def test_sft_learns_the_rule_and_leaves_an_ordinary_model_folder(base: Path, ans
     steps = log(taught)
     assert steps[-2]["loss"] < 0.5 * steps[0]["loss"]
     assert p_gold(base, answers) < 0.1
-    assert p_gold(taught, answers) > 0.35
+    assert p_gold(taught, answers) > 0.3
     assert inspect(str(taught)).weights_hash != inspect(str(base)).weights_hash
 
 

@@ -58,7 +58,7 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     assert row["data_hash"] == json.loads((out / adapter.RECIPE).read_text())["data_hash"]
     assert rescore.registered_folder(spark, root, row["model_id"])[0] == folder
     assert (out / "log.html").stat().st_size > 10_000
-    assert base not in (out / "adapter_config.json").read_text()
+    assert json.loads((out / adapter.RECIPE).read_text())["merged_hash"] == made.weights_hash
     assert sum(file.stat().st_size for file in out.glob("adapter*")) < 20 << 20
 
     # The same command once more finds all done and makes the same model.

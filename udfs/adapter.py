@@ -62,6 +62,12 @@ def merge(adapter: str, base: str, target: str) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, "merged.json"))
         _merge_weights(Path(adapter), Path(base), partial)
+        wanted = recipe(adapter).get("merged_hash")
+        if wanted and (got := weights_hash(str(partial))) != wanted:
+            raise ValueError(
+                f"adapter {adapter} and its base gave weights {got[:12]}…, not the {wanted[:12]}… that its {RECIPE} "
+                "names: one of its files has changed. Copy the folder again"
+            )
         for name in ("prompt.json", "canaries.json", RECIPE):
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, partial / name)

@@ -90,7 +90,7 @@ def land(settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> str:
     import pyarrow.parquet as pq
 
     data_hash = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    plan: dict[str, Any] = {"data_hash": data_hash, "settings": dataclasses.asdict(settings)}
+    plan: dict[str, Any] = json.loads(json.dumps({"data_hash": data_hash, "settings": dataclasses.asdict(settings)}))
     file = Path(settings.out) / PLAN
     if file.is_file() and (was := json.loads(file.read_text(encoding="utf-8"))) != plan:
         keys = {**was["settings"], **plan["settings"]}
