@@ -86,7 +86,7 @@ def preferences(answers: DataFrame, per_pair: int, seed: int) -> DataFrame:
 
     A right answer is finished, has the human label and a chain that concludes it; a wrong one is finished and has
     another label. Equal answers count once. Of each pair at most `per_pair`, chosen by a hash; of each human label at
-    most twice as many as of the rarest, so that the common labels do not drown it.
+    most an equal share of all that were found, so that the labels it confuses most do not drown the others.
     """
     told = ["pair_id", "model_id", "prompt_id", "run_id", "gold", "content_hash"]
     finished = answers.where("finished AND label IS NOT NULL")
@@ -107,8 +107,8 @@ def preferences(answers: DataFrame, per_pair: int, seed: int) -> DataFrame:
     # The first right with the first wrong, the second with the second; what one side lacks does not repeat the other.
     matched = right.join(wrong, [*told, "place"], how="inner").where(F.col("place") <= per_pair)
     order = Window.partitionBy("gold").orderBy(F.xxhash64("pair_id", F.lit(seed)), "place")
-    rarest = matched.groupBy("gold").count().agg(F.min("count").alias("rarest"))
-    balanced = matched.withColumn("rank", F.row_number().over(order)).crossJoin(rarest).where("rank <= 2 * rarest")
+    share = matched.agg(F.ceil(F.count("*") / F.count_distinct("gold")).alias("share"))
+    balanced = matched.withColumn("rank", F.row_number().over(order)).crossJoin(share).where("rank <= share")
     return (
         balanced.withColumn("label", F.col("gold"))
         .withColumn("created_at", F.current_timestamp())

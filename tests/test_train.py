@@ -134,6 +134,79 @@ def test_grpo_raises_the_reward_and_draws_groups_with_spread(answers: Form, taug
     assert p_gold(tmp_path / "grpo", answers) > p_gold(taught, answers) + 0.05
 
 
+def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_path: Path) -> None:
+    """Rafailov et al. 2023 (arXiv 2305.18290), equation 7, and 0.2 of the chosen answers' mean NLL a token."""
+    import torch
+
+    rows = []
+    for number, lesson in enumerate(lessons(answers, 4)):
+        rejected = answers.target(LABELS[(number + 1) % 4], "No. So Related.")
+        prompt = [*lesson["root"], *lesson["rest"]]
+        rows.append({"pair_id": str(number), "prompt": prompt, "chosen": lesson["answer"], "rejected": rejected})
+    how = settings(taught, tmp_path / "dpo", "dpo", epochs=2, learning_rate=1e-3, beta=0.3, checkpoint_every=1)
+    run(how, rows)
+    logged = next(entry["loss"] for entry in log(tmp_path / "dpo") if entry["step"] == 2)
+
+    def logp(folder: Path, row: dict[str, Any], side: str) -> torch.Tensor:
+        model = train.policy(settings(folder, tmp_path / "read"))
+        logits = model(torch.tensor([row["prompt"] + row[side]])).logits[0, len(row["prompt"]) - 1 : -1]
+        every = torch.log_softmax(logits.double(), -1)
+        return every[torch.arange(len(row[side])), torch.tensor(row[side])]
+
+    policy = tmp_path / "dpo" / "checkpoints" / "checkpoint-1"
+    margins, nll, tokens = [], 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            gain = {
+                side: logp(policy, row, side).sum() - logp(taught, row, side).sum() for side in ("chosen", "rejected")
+            }
+            margins.append(0.3 * (gain["chosen"] - gain["rejected"]))
+            nll -= float(logp(policy, row, "chosen").sum())
+            tokens += len(row["chosen"])
+    wanted = float(-torch.nn.functional.logsigmoid(torch.stack(margins)).mean()) + 0.2 * nll / tokens
+    assert abs(float(torch.stack(margins).mean())) > 0.05
+    assert logged == pytest.approx(wanted, rel=1e-3)
+
+
+def test_grpos_advantages_and_loss_are_the_formulas_of_its_paper(
+    answers: Form, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shao et al. 2024 (arXiv 2402.03300), section 4.1.2: rewards standardised in their group; tokens averaged."""
+    from trl import GRPOTrainer
+
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> None:
+        original = getattr(GRPOTrainer, name)
+
+        def kept(self: Any, *given: Any) -> Any:
+            found = original(self, *given)
+            seen.setdefault(name, found.clone() if hasattr(found, "clone") else dict(found))
+            return found
+
+        monkeypatch.setattr(GRPOTrainer, name, kept)
+
+    for name in ("_calculate_rewards", "_generate_and_score_completions", "_compute_loss"):
+        keep(name)
+    rows = [
+        {"pair_id": str(n), "root": root_of(n, LABELS[n % 4]), "rest": list(QUERY), "label": LABELS[n % 4], "rate": 0.5}
+        for n in range(8)
+    ]
+    how = settings(
+        taught, tmp_path / "grpo", "grpo", steps=1, groups=3, group=4, max_tokens=16, rewards=(1.0, 0.5, 0.25)
+    )
+    run(how, rows, form=answers)
+
+    rewards = (seen["_calculate_rewards"].numpy() * [1.0, 0.5, 0.25]).sum(axis=1).reshape(3, 4)
+    assert len(np.unique(rewards)) > 1
+    wanted = (rewards - rewards.mean(axis=1, keepdims=True)) / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    scored = seen["_generate_and_score_completions"]
+    assert scored["advantages"].numpy() == pytest.approx(wanted.reshape(-1), abs=1e-5)
+    # The policy is still the one that sampled and the reference: every ratio is 1, every KL term 0.
+    tokens = scored["completion_mask"].sum(dim=1).numpy()
+    assert float(seen["_compute_loss"]) == pytest.approx(-(wanted.reshape(-1) * tokens).sum() / tokens.sum(), abs=1e-4)
+
+
 def _train(how: TrainSettings) -> None:
     train.launch(how, 1, label_at=0)
 

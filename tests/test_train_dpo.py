@@ -60,13 +60,13 @@ def test_a_pair_gives_at_most_so_many_and_the_order_of_rows_changes_nothing(spar
     assert len({r["chosen_sample"] for r in one}) == len({r["rejected_sample"] for r in one}) == 3
 
 
-def test_a_common_label_gets_at_most_twice_what_the_rarest_gets(spark: SparkSession) -> None:
+def test_no_label_gets_more_than_an_equal_share(spark: SparkSession) -> None:
     mixed: dict[str, tuple[int, list[Answer]]] = {
         f"four {n}": (4, [(4, "good", True), (1, "bad", True)]) for n in range(9)
     }
     mixed["one"] = (1, [(1, "good", True), (2, "bad", True)])
-    found = [r["label"] for r in made(spark, mixed)]
-    assert (found.count(4), found.count(1)) == (2, 1)
+    found = [row["label"] for row in made(spark, mixed)]
+    assert (found.count(4), found.count(1)) == (5, 1)  # ten were found, of two labels
 
 
 @pytest.mark.parametrize("column", ["label", "rejected_label"])
