@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
     how = train_sft.settings(args, lesson, "dpo", beta=args.beta)
     answers = samples(spark, args, lesson)
     chosen = preferences(answers, args.per_pair, args.seed)
-    delta.upsert(spark, args.tables, "preferences", chosen)
+    chosen = chosen.localCheckpoint()
+    put(spark, args, lesson, chosen)
     tell(spark, args, answers, chosen)
     pairs = train_sft.train_pairs(spark, args).join(chosen.select("pair_id").distinct(), "pair_id", how="left_semi")
     rows = rendered(pairs, lesson.prompt).select("pair_id", "ids").join(chosen, "pair_id", how="inner")
@@ -114,6 +115,17 @@ def preferences(answers: DataFrame, per_pair: int, seed: int) -> DataFrame:
         .withColumn("created_at", F.current_timestamp())
         .select(*PREFERENCES.names)
     )
+
+
+def put(spark: SparkSession, args: argparse.Namespace, lesson: train_sft.Lesson, chosen: DataFrame) -> None:
+    """Writes the parent's preferences; those of an earlier choice that are none any more go."""
+    earlier = delta.read(spark, args.tables, "preferences").where(
+        (F.col("model_id") == lesson.parent.model_id) & (F.col("prompt_id") == lesson.prompt.prompt_id)
+    )
+    gone = earlier.join(chosen, list(PREFERENCES.key), how="left_anti")
+    if not gone.isEmpty():
+        delta.delete(spark, args.tables, "preferences", gone.localCheckpoint(), PREFERENCES.key)
+    delta.upsert(spark, args.tables, "preferences", chosen)
 
 
 def tell(spark: SparkSession, args: argparse.Namespace, answers: DataFrame, chosen: DataFrame) -> None:
