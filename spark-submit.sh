@@ -45,7 +45,7 @@ from pathlib import Path
 repo, target = map(Path, sys.argv[1:])
 files = [f for room in ("schemas", "udfs", "partitioner", "jobs", "demo") for f in (repo / room).glob("*.py")]
 with zipfile.ZipFile(target, "w") as archive:
-    for file in sorted([*files, repo / "demo" / "prompt.json"]):
+    for file in sorted([*files, *(repo / "demo").glob("*.json")]):
         archive.writestr(zipfile.ZipInfo(file.relative_to(repo).as_posix()), file.read_bytes(), zipfile.ZIP_DEFLATED)
 EOF
 }

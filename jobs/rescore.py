@@ -55,10 +55,12 @@ class Scoring:
     load_engine: Callable[[EngineSettings], Engine] = load
 
 
-def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
     """The flags that every job with an engine shares."""
     defaults = EngineSettings(model="")
-    parser.add_argument("--model", required=True, metavar="M", help="demo, a model folder, or a registered model_id")
+    parser.add_argument(
+        "--model", required=model_required, metavar="M", help="demo, a model folder, or a registered model_id"
+    )
     parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
     parser.add_argument("--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--head", default="float32", choices=("float32", "model"), help="number type of the logits")

@@ -121,25 +121,31 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def sampling(args: argparse.Namespace, what: Scoring) -> tuple[Form, Sampling]:
     """The answers' form and how they are drawn. Raises ValueError with a sentence."""
-    if not 1 <= args.n <= 1000:
-        raise ValueError(f"--n {args.n}: 1 to 1000 samples of each pair can be drawn")
-    if not 0 <= args.temperature <= 10:
-        raise ValueError(f"--temperature {args.temperature}: allowed is 0 to 10; 1 is the model's own probabilities")
-    if args.temperature == 0 and args.n > 1:
-        raise ValueError(
-            f"--temperature 0 gives the same answer --n {args.n} times; add --n 1, or a temperature above 0"
-        )
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p {args.top_p}: allowed is above 0 and at most 1")
-    if not 2 <= args.max_tokens < what.settings.max_model_len:
-        raise ValueError(
-            f"--max-tokens {args.max_tokens}: an answer has at least 2 (label and end), and prompt and answer together "
-            f"at most {what.settings.max_model_len} (--max-model-len)"
-        )
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed {args.seed}: allowed is 0 to {2**31 - 1}")
+    asked = Sampling(args.max_tokens, (), args.n, args.temperature, args.top_p, args.seed)
+    refuse_wrong_draw(asked, what)
     made = form(what.model, what.prompt, args.order)
-    return made, Sampling(args.max_tokens, made.end_ids, args.n, args.temperature, args.top_p, args.seed)
+    return made, dataclasses.replace(asked, end_ids=made.end_ids)
+
+
+def refuse_wrong_draw(asked: Sampling, what: Scoring) -> None:
+    """Raises ValueError, with the flag's name, for what cannot be drawn."""
+    if not 1 <= asked.n <= 1000:
+        raise ValueError(f"--n {asked.n}: 1 to 1000 samples of each pair can be drawn")
+    if not 0 <= asked.temperature <= 10:
+        raise ValueError(f"--temperature {asked.temperature}: allowed is 0 to 10; 1 is the model's own probabilities")
+    if asked.temperature == 0 and asked.n > 1:
+        raise ValueError(
+            f"--temperature 0 gives the same answer --n {asked.n} times; add --n 1, or a temperature above 0"
+        )
+    if not 0 < asked.top_p <= 1:
+        raise ValueError(f"--top-p {asked.top_p}: allowed is above 0 and at most 1")
+    if not 2 <= asked.max_tokens < what.settings.max_model_len:
+        raise ValueError(
+            f"--max-tokens {asked.max_tokens}: an answer has at least 2 (label and end), prompt and answer together at "
+            f"most {what.settings.max_model_len} (--max-model-len)"
+        )
+    if not 0 <= asked.seed < 2**31:
+        raise ValueError(f"--seed {asked.seed}: allowed is 0 to {2**31 - 1}")
 
 
 def sample(
