@@ -21,13 +21,13 @@ from typing import Any
 
 from pyspark.errors import StreamingQueryException
 from pyspark.resource import ResourceProfile
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import demo.model
 from partitioner import engines, prefix
 from schemas import delta, files, runs
-from schemas.labels import P_COLUMNS
+from schemas.labels import LABELS, P_COLUMNS
 from udfs import selfcheck
 from udfs.engine import Engine, EngineSettings, load
 from udfs.model import Model, inspect
@@ -357,6 +357,13 @@ class Waves:
             created_at,
         )  # fmt: skip
         delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [row]))
+
+
+def likeliest() -> Column:
+    """The label with the highest probability; of equals the worse one; null where there are no probabilities."""
+    best = F.greatest(*P_COLUMNS)
+    by_worth = zip(reversed(LABELS), reversed(P_COLUMNS), strict=True)
+    return F.coalesce(*[F.when(F.col(p) == best, F.lit(label)) for label, p in by_worth])
 
 
 class Night(Waves):
