@@ -64,26 +64,30 @@ def main(argv: list[str]) -> int:
         raise ValueError("chains come either from --chains FILE or from a teacher, --model M: name one of them")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
-    what = None
+    teaches = None
     if args.chains is not None:
         files.refuse_wrong_path("--chains", args.chains)
     elif found := model_folder(args.model):
-        what = scoring(args, *found)
+        teaches = teaching(args, *found)
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     if args.chains is not None:
         from_file(spark, args.tables, args.chains, args.source)
         return 0
-    if what is None:
-        what = scoring(args, *registered_folder(spark, args.tables, args.model))
+    teaches = teaches or teaching(args, *registered_folder(spark, args.tables, args.model))
+    from_teacher(spark, args.tables, *teaches, args.source, args.limit, args.again)
+    return 0
+
+
+def teaching(args: argparse.Namespace, folder: str, stage: str) -> tuple[Scoring, TeacherPrompt, Sampling]:
+    """The teacher, what it is asked, and how its chains are drawn. Raises ValueError with a sentence."""
+    what = scoring(args, folder, stage)
     temperature = args.temperature if args.temperature is not None else float(args.n > 1)
     asked = Sampling(args.max_tokens, required_end_ids(what.model), args.n, temperature, seed=args.seed)
     refuse_wrong_draw(asked, what)
     source = args.teacher_prompt or importlib.resources.files("demo") / "teacher.json"
     content = source if isinstance(source, str) else json.loads(source.read_text(encoding="utf-8"))
-    prompt = teacher.load(content, what.model.tokenizer_json, what.model.vocab_size)
-    from_teacher(spark, args.tables, what, prompt, asked, args.source, args.limit, args.again)
-    return 0
+    return what, teacher.load(content, what.model.tokenizer_json, what.model.vocab_size), asked
 
 
 def from_file(spark: SparkSession, root: str, where: str, source: str | None = None) -> runs.Run:
@@ -213,8 +217,9 @@ class Lesson(Waves):
         """Asks for the chains that are not there yet; returns the chosen pairs (pair_id)."""
         started = time.monotonic()
         judged = gold.judged(self.spark, self.root, "train", source).where("label IS NOT NULL")
-        pool = judged.orderBy(F.xxhash64("pair_id"), "pair_id").limit(POOL).localCheckpoint()
-        chosen = (judged if limit is None else pool.limit(limit)).localCheckpoint()
+        ordered = judged.orderBy(F.xxhash64("pair_id"), "pair_id")
+        pool = ordered.limit(POOL).localCheckpoint()
+        chosen = (judged if limit is None else ordered.limit(limit)).localCheckpoint()
         total = chosen.count()
         if not total:
             raise ValueError(
