@@ -46,7 +46,7 @@ repo, target = map(Path, sys.argv[1:3])
 files = [f for room in ("schemas", "udfs", "partitioner", "jobs", "demo") for f in (repo / room).glob("*.py")]
 with zipfile.ZipFile(target, "w") as archive:
     # The demo's adapter goes only into an archive that must do without the checkout: it is ten times all the rest.
-    files += [repo / "demo" / "prompt.json", *(repo / "demo" / "adapter").glob("*.*" if sys.argv[3:] else "*.json")]
+    files += [*(repo / "demo").glob("*.json"), *(repo / "demo" / "adapter").glob("*.*" if sys.argv[3:] else "*.json")]
     for file in sorted(files):
         archive.writestr(zipfile.ZipInfo(file.relative_to(repo).as_posix()), file.read_bytes(), zipfile.ZIP_DEFLATED)
 EOF

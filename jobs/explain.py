@@ -16,20 +16,21 @@ import time
 
 from pyspark.errors import PySparkException
 from pyspark.logger import PySparkLogger
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.rescore import (
     Scoring,
     Waves,
     add_scoring_flags,
+    likeliest,
     model_folder,
     refuse_foreign_prompt,
     registered_folder,
     scoring,
 )
 from schemas import delta, runs
-from schemas.labels import LABELS, NAMES, P_COLUMNS
+from schemas.labels import LABELS, NAMES
 from schemas.tables import EXPLANATIONS
 from udfs.answer import Form, form
 from udfs.engine import Sampling
@@ -192,13 +193,6 @@ class Reasoning(Waves):
             F.current_timestamp().alias("created_at"),
         )
         delta.upsert(self.spark, self.root, "explanations", rows.select(*EXPLANATIONS.names))
-
-
-def likeliest() -> Column:
-    """The label with the highest probability; of equals the worse one; null where there are no probabilities."""
-    best = F.greatest(*P_COLUMNS)
-    by_worth = zip(reversed(LABELS), reversed(P_COLUMNS), strict=True)
-    return F.coalesce(*[F.when(F.col(p) == best, F.lit(label)) for label, p in by_worth])
 
 
 def told(spark: SparkSession, root: str, run: runs.Run, selected: DataFrame) -> list[str]:

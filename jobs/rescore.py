@@ -21,13 +21,13 @@ from typing import Any
 
 from pyspark.errors import StreamingQueryException
 from pyspark.resource import ResourceProfile
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import demo.model
 from partitioner import engines, prefix
 from schemas import delta, files, runs, tables
-from schemas.labels import P_COLUMNS
+from schemas.labels import LABELS, P_COLUMNS
 from udfs import adapter, selfcheck
 from udfs.engine import Engine, EngineSettings, load
 from udfs.model import Model, inspect
@@ -55,10 +55,12 @@ class Scoring:
     load_engine: Callable[[EngineSettings], Engine] = load
 
 
-def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
     """The flags that every job with an engine shares."""
     defaults = EngineSettings(model="")
-    parser.add_argument("--model", required=True, metavar="M", help="demo, a model folder, or a registered model_id")
+    parser.add_argument(
+        "--model", required=model_required, metavar="M", help="demo, a model folder, or a registered model_id"
+    )
     parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
     parser.add_argument("--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--head", default="float32", choices=("float32", "model"), help="number type of the logits")
@@ -405,6 +407,13 @@ class Waves:
         known |= {"path": path if path and Path(model.path).is_relative_to(path) else model.path, "metrics": measured}
         values = [known.get(name) for name in tables.MODELS.names]
         delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [values]))
+
+
+def likeliest() -> Column:
+    """The label with the highest probability; of equals the worse one; null where there are no probabilities."""
+    best = F.greatest(*P_COLUMNS)
+    by_worth = zip(reversed(LABELS), reversed(P_COLUMNS), strict=True)
+    return F.coalesce(*[F.when(F.col(p) == best, F.lit(label)) for label, p in by_worth])
 
 
 class Night(Waves):

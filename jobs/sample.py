@@ -1,10 +1,11 @@
 """Samples N answers for each judged pair of a split, and says how often the model is right: pass@k.
 
-sample --tables T --model M [--split train] [--n 8] [--temperature 1.0] [--seed 0] [--limit PAIRS]
+sample --tables T --model M [--split train] [--n 8] [--temperature 1.0] [--seed 0] [--limit PAIRS] [--findings]
 
 Pairs are lined up by prefix and sharded over the engines as rescore does; the N samples of a pair share its prompt.
 The answers go to `samples`, a wave at a time: the same command goes on where it was killed, and does nothing where all
-is there; another --seed draws anew. pass@k is PASS_AT_K, plain SQL over `samples`.
+is there; another --seed draws anew. pass@k is PASS_AT_K, plain SQL over `samples`. --findings asks the model once more,
+for each different chain, which label its findings lead to, with the label and the closing statement out of sight.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import dataclasses
 import hashlib
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
 
 from jobs.rescore import (
     Scoring,
     Waves,
     add_scoring_flags,
+    likeliest,
     model_folder,
     refuse_foreign_prompt,
     registered_folder,
@@ -35,7 +39,8 @@ from schemas.tables import SAMPLES
 from udfs.answer import ORDERS, Form, form
 from udfs.engine import Sampling
 from udfs.render import rendered
-from udfs.sample import sampled_schema, sampler
+from udfs.sample import questioner, sampled_schema, sampler
+from udfs.score import scored_schema, scorer
 
 JOB = "sample"
 # One row for each pair, each k (1, 2, 4 … and n) and each way to be right, from nothing but `samples`.
@@ -91,6 +96,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--split", default="train", choices=SPLITS, help="part of gold (default train)")
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
     parser.add_argument("--limit", type=int, metavar="PAIRS", help="so many pairs, always the same ones")
+    parser.add_argument(
+        "--findings", action="store_true", help="judge the findings of each chain too; half as dear again"
+    )
     add_sampling_flags(parser)
     add_scoring_flags(parser)
     parser.set_defaults(max_num_seqs=256)  # 634 tokens a second on 2 cores, against 535 with 128 and 409 with 64
@@ -105,7 +113,9 @@ def main(argv: list[str]) -> int:
     if what is None or asked is None:
         what = scoring(args, *registered_folder(spark, args.tables, args.model))
         asked = sampling(args, what)
-    sample(spark, args.tables, what, *asked, split=args.split, source=args.source, limit=args.limit)
+    sample(
+        spark, args.tables, what, *asked, split=args.split, source=args.source, limit=args.limit, findings=args.findings
+    )
     return 0
 
 
@@ -121,25 +131,31 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def sampling(args: argparse.Namespace, what: Scoring) -> tuple[Form, Sampling]:
     """The answers' form and how they are drawn. Raises ValueError with a sentence."""
-    if not 1 <= args.n <= 1000:
-        raise ValueError(f"--n {args.n}: 1 to 1000 samples of each pair can be drawn")
-    if not 0 <= args.temperature <= 10:
-        raise ValueError(f"--temperature {args.temperature}: allowed is 0 to 10; 1 is the model's own probabilities")
-    if args.temperature == 0 and args.n > 1:
-        raise ValueError(
-            f"--temperature 0 gives the same answer --n {args.n} times; add --n 1, or a temperature above 0"
-        )
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p {args.top_p}: allowed is above 0 and at most 1")
-    if not 2 <= args.max_tokens < what.settings.max_model_len:
-        raise ValueError(
-            f"--max-tokens {args.max_tokens}: an answer has at least 2 (label and end), and prompt and answer together "
-            f"at most {what.settings.max_model_len} (--max-model-len)"
-        )
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed {args.seed}: allowed is 0 to {2**31 - 1}")
+    asked = Sampling(args.max_tokens, (), args.n, args.temperature, args.top_p, args.seed)
+    refuse_wrong_draw(asked, what)
     made = form(what.model, what.prompt, args.order)
-    return made, Sampling(args.max_tokens, made.end_ids, args.n, args.temperature, args.top_p, args.seed)
+    return made, dataclasses.replace(asked, end_ids=made.end_ids)
+
+
+def refuse_wrong_draw(asked: Sampling, what: Scoring) -> None:
+    """Raises ValueError, with the flag's name, for what cannot be drawn."""
+    if not 1 <= asked.n <= 1000:
+        raise ValueError(f"--n {asked.n}: 1 to 1000 samples of each pair can be drawn")
+    if not 0 <= asked.temperature <= 10:
+        raise ValueError(f"--temperature {asked.temperature}: allowed is 0 to 10; 1 is the model's own probabilities")
+    if asked.temperature == 0 and asked.n > 1:
+        raise ValueError(
+            f"--temperature 0 gives the same answer --n {asked.n} times; add --n 1, or a temperature above 0"
+        )
+    if not 0 < asked.top_p <= 1:
+        raise ValueError(f"--top-p {asked.top_p}: allowed is above 0 and at most 1")
+    if not 2 <= asked.max_tokens < what.settings.max_model_len:
+        raise ValueError(
+            f"--max-tokens {asked.max_tokens}: an answer has at least 2 (label and end), prompt and answer together at "
+            f"most {what.settings.max_model_len} (--max-model-len)"
+        )
+    if not 0 <= asked.seed < 2**31:
+        raise ValueError(f"--seed {asked.seed}: allowed is 0 to {2**31 - 1}")
 
 
 def sample(
@@ -151,12 +167,17 @@ def sample(
     split: str = "train",
     source: str | None = None,
     limit: int | None = None,
+    findings: bool = False,
 ) -> runs.Run:
     """Draws the samples that are not there yet; returns the run's row, that of an earlier run where it is continued."""
     refuse_foreign_prompt(spark, root, what)
+    if findings and made.name_ids is None:
+        raise ValueError("--findings: this tokenizer begins two labels' names with one token; leave --findings away")
     draw = Draw(spark, root, what, made, asked, split)
     try:
         chosen = draw.missing(source, limit)
+        if findings:
+            draw.run = Findings(spark, root, what, draw.run, made).judge(chosen)
     except BaseException as error:
         runs.finish(spark, root, draw.run, "failed", (str(error) or repr(error)).splitlines()[0])
         raise
@@ -235,10 +256,57 @@ class Draw(Waves):
             {
                 "correct": F.col("label").eqNullSafe(F.col("gold")),
                 "agrees": F.col("label").isNotNull() & F.col("label").eqNullSafe(F.col("conclusion")),
+                "entailed": F.lit(None).cast("int"),
                 "created_at": F.current_timestamp(),
             }
         )
         delta.upsert(self.spark, self.root, "samples", rows.select(*SAMPLES.names))
+
+
+class Findings(Waves):
+    """The second look at a run's chains: which label their findings lead to, label and statement unseen.
+
+    A chain's question is the pair's prompt and the findings behind it; one forward pass gives the label's name.
+    """
+
+    least = 2048
+
+    def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run, made: Form) -> None:
+        super().__init__(spark, root, what, run)
+        self.made = made
+        self.settings_hash = run.settings_hash or self.settings_hash
+
+    def judge(self, chosen: DataFrame) -> runs.Run:
+        """Asks for the chains of the chosen pairs that were not asked about; returns the run's row."""
+        open_ = self.samples().where("label IS NOT NULL AND entailed IS NULL")
+        chains = open_.join(chosen, ["pair_id", "gold"], how="left_semi").select("pair_id", "chain").distinct()
+        pairs = delta.read(self.spark, self.root, "pairs").join(chains, "pair_id", how="left_semi")
+        prompts = rendered(pairs, self.what.prompt).join(chains, "pair_id", how="inner")
+        prompts = prompts.select("pair_id", "chain", "ids", "group_tokens", "tokens_cut")
+        ask = questioner(self.made, to_arrow_schema(prompts.schema))
+        line = self.land_line(prompts.mapInArrow(ask, prompts.schema), "findings")
+        if line.prompts:
+            self.planned(line, line.prompts, 0.0)
+            self.check_first_use(line)
+            self.run_line(line, "findings")
+        return replace(self.run, p_outside=None)  # that of names, not of labels
+
+    def samples(self) -> DataFrame:
+        """The run's samples."""
+        return delta.read(self.spark, self.root, "samples").where(F.col("run_id") == self.run.run_id)
+
+    def ask(self, rows: DataFrame) -> DataFrame:
+        """Probabilities of the labels' names behind the findings."""
+        names = self.made.name_ids or ()
+        judge = scorer(self.what.settings, names, self.what.load_engine)
+        return rows.mapInArrow(judge, scored_schema(rows.schema), profile=self._profile())
+
+    def write(self, answered: DataFrame, wave_id: str) -> None:
+        """Puts what was found beside the samples of these chains."""
+        found = answered.select("pair_id", "chain", likeliest().alias("entailed"))
+        rows = self.samples().drop("entailed").join(found, ["pair_id", "chain"], how="inner")
+        landed = rows.where("label IS NOT NULL").select(*SAMPLES.names).localCheckpoint()
+        delta.upsert(self.spark, self.root, "samples", landed)
 
 
 def told(spark: SparkSession, root: str, run: runs.Run, chosen: DataFrame) -> list[str]:
@@ -287,11 +355,13 @@ def told(spark: SparkSession, root: str, run: runs.Run, chosen: DataFrame) -> li
         F.avg(F.when(F.col("correct"), F.col("agrees").cast("int"))),
         F.avg(F.col("finished").cast("int")),
         F.avg("tokens"),
+        F.avg(F.when(F.col("entailed").isNotNull(), F.col("entailed").eqNullSafe(F.col("label")).cast("int"))),
     ).collect()[0]
-    form, agrees, right, finished, tokens = (float("nan") if x is None else float(x) for x in agreed)
+    form, agrees, right, finished, tokens, entailed = (float("nan") if x is None else float(x) for x in agreed)
     return [
         head,
         *table,
         f"{JOB}:   answers with a label {form:.3f}, finished {finished:.3f}, {tokens:.1f} tokens each · the chain "
-        f"concludes its label in {agrees:.3f} of those with a label, in {right:.3f} of the right ones",
+        f"concludes its label in {agrees:.3f} of those with a label, in {right:.3f} of the right ones"
+        + ("" if agreed[5] is None else f"; its findings alone lead there in {entailed:.3f}"),
     ]

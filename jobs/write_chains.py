@@ -1,31 +1,46 @@
-"""Brings chains of reasoning for judged train pairs: from a file, each kept only if it concludes the human label.
+"""Brings chains of reasoning for judged train pairs, from a file or a teacher model, and keeps those that are right.
 
 write_chains --tables T --chains FILE
+write_chains --tables T --model TEACHER [--teacher-prompt FILE] [--limit PAIRS] [--n 4]
 
 FILE is JSON Lines (or CSV, Parquet, also .gz): query, product_id, locale, label, chain. What is not of the train split
-is counted and left out; a row that cannot be read goes to quarantine. The rest goes to the table `chains`, kept or
-with the reason why not: train_sft teaches what was kept.
+is counted and left out; a row that cannot be read goes to quarantine. A teacher is shown the rules, judged neighbours
+of other train queries, and the pair, but not its label. A chain is kept only if its own conclusion is the human label.
+All go to the table `chains`, kept or with the reason why not: train_sft teaches what was kept. A teacher goes on where
+it was killed, and is not asked again for what it has answered, but for dropped chains with --again.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.resources
+import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import ArrayType, IntegerType, StructField, StructType
 
-from schemas import delta, files, formats, gold, inputs, runs
+from jobs.rescore import Scoring, Waves, add_scoring_flags, model_folder, registered_folder, scoring
+from jobs.sample import refuse_wrong_draw
+from schemas import canonical, delta, files, formats, gold, inputs, runs
 from schemas.labels import LABELS, NAMES
 from schemas.tables import CHAINS
-from udfs.answer import conclusion
+from udfs import teacher
+from udfs.answer import Form, conclusion, required_end_ids
+from udfs.engine import Sampling
+from udfs.sample import sampled_schema, sampler
+from udfs.teacher import TeacherPrompt
 
 JOB = "write_chains"
 FILE = "file"  # the teacher's name where chains come from a file
+POOL = 100_000  # judged pairs that neighbours are looked for among; TF-IDF of so many takes a minute and 1 GB
 
 
 def main(argv: list[str]) -> int:
@@ -34,23 +49,93 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
     )
-    parser.add_argument("--chains", required=True, metavar="FILE", help="chains written elsewhere")
+    parser.add_argument("--chains", metavar="FILE", help="chains written elsewhere; without it, --model writes them")
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
+    parser.add_argument("--teacher-prompt", metavar="FILE", help="what a teacher is asked (default: demo/teacher.json)")
+    parser.add_argument("--limit", type=int, metavar="PAIRS", help="so many pairs, always the same ones")
+    parser.add_argument("--n", type=int, default=1, help="chains a pair; the first right one is kept (default 1)")
+    parser.add_argument("--temperature", type=float, help="default: 0 for one chain a pair, else 1")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other chains")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of a chain, its end included (default 96)")
+    parser.add_argument("--again", action="store_true", help="ask again for pairs whose chain was dropped")
+    add_scoring_flags(parser, model_required=False)
     args = parser.parse_args(argv)
-    files.refuse_wrong_path("--chains", args.chains)
+    if (args.chains is None) == (args.model is None):
+        raise ValueError("chains come either from --chains FILE or from a teacher, --model M: name one of them")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
+    teaches = None
+    if args.chains is not None:
+        files.refuse_wrong_path("--chains", args.chains)
+    elif found := model_folder(args.model):
+        teaches = teaching(args, *found)
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
-    brought = Chains(spark, args.tables, args.source, runs.start(spark, args.tables, JOB))
+    if args.chains is not None:
+        from_file(spark, args.tables, args.chains, args.source)
+        return 0
+    teaches = teaches or teaching(args, *registered_folder(spark, args.tables, args.model))
+    from_teacher(spark, args.tables, *teaches, args.source, args.limit, args.again)
+    return 0
+
+
+def teaching(args: argparse.Namespace, folder: str, stage: str) -> tuple[Scoring, TeacherPrompt, Sampling]:
+    """The teacher, what it is asked, and how its chains are drawn. Raises ValueError with a sentence."""
+    what = scoring(args, folder, stage)
+    temperature = args.temperature if args.temperature is not None else float(args.n > 1)
+    asked = Sampling(args.max_tokens, required_end_ids(what.model), args.n, temperature, seed=args.seed)
+    refuse_wrong_draw(asked, what)
+    source = args.teacher_prompt or importlib.resources.files("demo") / "teacher.json"
+    content = source if isinstance(source, str) else json.loads(source.read_text(encoding="utf-8"))
+    return what, teacher.load(content, what.model.tokenizer_json, what.model.vocab_size), asked
+
+
+def from_file(spark: SparkSession, root: str, where: str, source: str | None = None) -> runs.Run:
+    """Brings the chains of a file; returns the run's row."""
+    brought = Chains(spark, root, source, runs.start(spark, root, JOB))
     try:
-        brought.from_file(args.chains)
+        brought.from_file(where)
     except BaseException as error:
-        runs.finish(spark, args.tables, brought.counted(), "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.finish(spark, root, brought.counted(), "failed", (str(error) or repr(error)).splitlines()[0])
         raise
     finally:
-        delta.drop_scratch(spark, args.tables, brought.run.run_id)
-    runs.finish(spark, args.tables, brought.counted(), "done")
+        delta.drop_scratch(spark, root, brought.run.run_id)
+    run = runs.finish(spark, root, brought.counted(), "done")
     print(*brought.told, sep="\n", flush=True)
-    return 0
+    return run
+
+
+def from_teacher(
+    spark: SparkSession,
+    root: str,
+    what: Scoring,
+    prompt: TeacherPrompt,
+    asked: Sampling,
+    source: str | None = None,
+    limit: int | None = None,
+    again: bool = False,
+) -> runs.Run:
+    """Lets a teacher write the chains that are not there yet; returns the run's row."""
+    run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id)
+    lesson = Lesson(spark, root, what, run, prompt, asked)
+    try:
+        chosen = lesson.write_missing(source, limit, again)
+    except BaseException as error:
+        runs.finish(spark, root, lesson.run, "failed", (str(error) or repr(error)).splitlines()[0])
+        raise
+    finally:
+        delta.drop_scratch(spark, root, run.run_id)
+    there = delta.read(spark, root, "chains").where(F.col("teacher") == what.model.model_id)
+    told, counts = by_label(there.join(chosen, "pair_id", how="left_semi"))
+    run = runs.finish(spark, root, replace(lesson.run, counts=lesson.run.counts | counts), "done")
+    print(
+        f"{JOB}: done · {run.counts['seen']:,} pairs, {run.counts['skipped']:,} were answered before, "
+        f"{run.counts.get('sampled', 0):,} asked · {run.generated_tokens or 0:,} tokens written",
+        *told,
+        sep="\n",
+        flush=True,
+    )
+    return run
 
 
 class Chains:
@@ -73,10 +158,12 @@ class Chains:
             place = ["file", "block", "n"]
             bad = bad.unionByName(good.drop("reason").join(torn, place, how="inner"))
             good = good.join(torn, place, how="left_anti")
-        good = good.dropDuplicates(["pair_id"]).select("pair_id", F.col("label").alias("written_for"), "chain")
+        good = good.dropDuplicates(["pair_id"]).select(
+            "pair_id", F.col("label").alias("written_for"), "chain", F.lit(True).alias("finished")
+        )
         pairs = gold.judged(self.spark, self.root, "train", self.source).where("label IS NOT NULL")
         judged = self.judged(good.join(pairs.select("pair_id", "label", "content_hash"), "pair_id", how="inner"))
-        self.write(judged, FILE)
+        write(self.spark, self.root, judged, FILE, self.run.run_id, self.now)
         quarantined = rows.refused + rows.refused_files + (torn.count() if torn is not None else 0)
         brought, used = good.count(), judged.count()
         self.counts.update(read=rows.read, quarantined=quarantined, not_train=brought - used)
@@ -86,47 +173,17 @@ class Chains:
         )
         if rows.ignored:
             self.told.append(f"{JOB}: fields that mean nothing here were left out: {', '.join(rows.ignored[:20])}")
-        self.tell(judged)
+        told, counts = by_label(judged)
+        self.told += told
+        self.counts.update(counts)
         if quarantined:
             source = where.rstrip("/").rsplit("/", 1)[-1]
             self.told += inputs.quarantine(self.spark, self.root, bad, source, JOB, self.now)
 
     def judged(self, chains: DataFrame) -> DataFrame:
         """Adds `reason` to pair_id, written_for, chain, label, content_hash, and lands the rows."""
-        schema = f"{', '.join(f'{f.name} {f.dataType.simpleString()}' for f in chains.schema.fields)}, concluded INT"
-        concluded = chains.mapInArrow(_concluded, schema)
-        reason = (
-            F.when(F.col("written_for") != F.col("label"), "other_label")
-            .when(F.col("concluded").isNull(), "no_conclusion")
-            .when(F.col("concluded") != F.col("label"), "other_conclusion")
-        )
-        return self.land("judged", concluded.withColumn("reason", reason))
-
-    def write(self, judged: DataFrame, teacher: str) -> None:
-        """Upserts the judged chains of one teacher; what says the same already is not touched."""
-        rows = judged.withColumns(
-            {
-                "teacher": F.lit(teacher),
-                "kept": F.col("reason").isNull(),
-                "run_id": F.lit(self.run.run_id),
-                "created_at": self.now,
-            }
-        )
-        same = ("label", "chain", "reason", "content_hash")
-        changed = " OR ".join(f"NOT old.{name} <=> new.{name}" for name in same)
-        delta.upsert(self.spark, self.root, "chains", rows.select(*CHAINS.names), changed)
-
-    def tell(self, judged: DataFrame) -> None:
-        """Counts kept and dropped chains by label and reason, for the run's row and for people."""
-        found = {
-            (row["label"], row["reason"]): row["count"] for row in judged.groupBy("label", "reason").count().collect()
-        }
-        for (_, reason), count in found.items():
-            self.counts[reason or "kept"] += count
-        for label in LABELS:
-            mine = {reason or "kept": count for (of, reason), count in sorted(found.items(), key=str) if of == label}
-            dropped = ", ".join(f"{count:,} {reason}" for reason, count in mine.items() if reason != "kept") or "none"
-            self.told.append(f"{JOB}:   {label} {NAMES[label]}: kept {mine.get('kept', 0):,}, dropped {dropped}")
+        schema = StructType([*chains.schema.fields, StructField("concluded", IntegerType())])
+        return self.land("judged", chains.mapInArrow(_concluded, schema).withColumn("reason", why_not()))
 
     def landing(self, name: str) -> str:
         """Where a step of this run lands its rows."""
@@ -140,6 +197,142 @@ class Chains:
     def counted(self) -> runs.Run:
         """The run's row with the counts so far."""
         return replace(self.run, counts=dict(self.counts))
+
+
+class Lesson(Waves):
+    """One run: a teacher writes chains for judged train pairs, shown their judged neighbours."""
+
+    done = "sampled"
+    least = 2048
+
+    def __init__(
+        self, spark: SparkSession, root: str, what: Scoring, run: runs.Run, prompt: TeacherPrompt, asked: Sampling
+    ) -> None:
+        super().__init__(spark, root, what, run)
+        self.prompt, self.asked = prompt, asked
+        # A teacher answers with the chain alone: no token of it is a label's.
+        self.form = Form("post", (-1, -2, -3, -4), asked.end_ids, None, prompt.reserved, prompt.tokenizer_json)
+
+    def write_missing(self, source: str | None, limit: int | None, again: bool) -> DataFrame:
+        """Asks for the chains that are not there yet; returns the chosen pairs (pair_id)."""
+        started = time.monotonic()
+        judged = gold.judged(self.spark, self.root, "train", source).where("label IS NOT NULL")
+        ordered = judged.orderBy(F.xxhash64("pair_id"), "pair_id")
+        pool = ordered.limit(POOL).localCheckpoint()
+        chosen = (judged if limit is None else ordered.limit(limit)).localCheckpoint()
+        total = chosen.count()
+        if not total:
+            raise ValueError(
+                f"there are no judged pairs in split train; bring some: ingest --tables {self.root} --pairs FILE "
+                "(with labels)"
+            )
+        old = delta.read(self.spark, self.root, "chains").where(F.col("teacher") == self.what.model.model_id)
+        old = old.where("kept") if again else old
+        there = old.select("pair_id", "content_hash", "label")
+        todo = chosen.join(there, ["pair_id", "content_hash", "label"], how="left_anti")
+        line = self.land_line(self.rendered(with_neighbours(todo, pool, self.prompt.neighbours)), "chains")
+        self._count(seen=total, skipped=total - line.prompts)
+        if line.prompts:
+            self.planned(line, total, time.monotonic() - started)
+            self.check_first_use(line)
+            self.slow_down(line, self.asked.n * self.asked.max_tokens)
+            self.run_line(line, "chains")
+        return chosen.select("pair_id")
+
+    def rendered(self, pairs: DataFrame) -> DataFrame:
+        """Pairs with their neighbours as prompts: pair_id, content_hash, label, ids, group_tokens, tokens_cut."""
+        kept = [f for f in pairs.schema.fields if f.name in ("pair_id", "content_hash", "label")]
+        made = [StructField("ids", ArrayType(IntegerType()))]
+        made += [StructField(name, IntegerType()) for name in ("group_tokens", "tokens_cut")]
+        schema = StructType(kept + made)
+        return pairs.mapInArrow(teacher.asked(self.prompt, to_arrow_schema(schema)), schema)
+
+    def ask(self, rows: DataFrame) -> DataFrame:
+        """The wave's chains, all of a pair in one row."""
+        draw = sampler(self.what.settings, self.form, self.asked, load_engine=self.what.load_engine)
+        return rows.mapInArrow(draw, sampled_schema(rows.schema), profile=self._profile())
+
+    def write(self, answered: DataFrame, wave_id: str) -> None:
+        """Merges the wave into `chains`: of a pair the first right chain, or else the first."""
+        right = F.filter("samples", lambda one: one["finished"] & one["conclusion"].eqNullSafe(F.col("label")))
+        best = F.coalesce(F.get(right, F.lit(0)), F.get("samples", F.lit(0)))
+        one = answered.withColumn("best", best).select(
+            "pair_id",
+            "label",
+            "content_hash",
+            F.col("label").alias("written_for"),
+            F.coalesce("best.chain", F.lit("")).alias("chain"),
+            F.col("best.finished").alias("finished"),
+            F.col("best.conclusion").alias("concluded"),
+        )
+        judged = one.withColumn("reason", F.when(F.col("finished").isNull(), "too_long").otherwise(why_not()))
+        now = F.lit(datetime.now(UTC))
+        write(self.spark, self.root, judged, self.what.model.model_id, self.run.run_id, now)
+
+
+def with_neighbours(pairs: DataFrame, pool: DataFrame, count: int) -> DataFrame:
+    """Pairs with `neighbours`: the most similar judged pairs of other queries, nearest first, as rows of `pool`.
+
+    Both are of the train split, so nothing held out is ever shown. The pool's texts come to the driver.
+    """
+    shown = ("query", "title", "brand", "category", "label")
+    known = [row.asDict() for row in pool.select("pair_id", *shown).collect()]
+    place = {row["pair_id"]: i for i, row in enumerate(known)}
+    # Asked pairs beyond a full pool are compared, but never shown.
+    mine = [row.asDict() for row in pairs.select("pair_id", *shown).collect()]
+    both = known + [row for row in mine if row["pair_id"] not in place]
+    place = {row["pair_id"]: i for i, row in enumerate(both)}
+    texts = [" ".join(filter(None, (row["query"], row["title"], row["category"]))) for row in both]
+    queries = [canonical.normalised(row["query"]) for row in both]
+    asked = [place[row["pair_id"]] for row in mine]
+    found = teacher.neighbours(texts, queries, asked, count, among=len(known))
+    fields = "query: STRING, title: STRING, brand: STRING, category: STRING, label: INT"
+    rows = [
+        (row["pair_id"], [tuple(both[j][name] for name in shown) for j in near])
+        for row, near in zip(mine, found, strict=True)
+    ]
+    spark = pairs.sparkSession
+    near = spark.createDataFrame(rows, f"pair_id STRING, neighbours ARRAY<STRUCT<{fields}>>")
+    return pairs.join(near, "pair_id", how="inner")
+
+
+def why_not() -> Column:
+    """Why a chain is dropped, from written_for, label, finished and concluded; null where it is kept."""
+    return (
+        F.when(F.col("written_for") != F.col("label"), "other_label")
+        .when(~F.col("finished"), "unfinished")
+        .when(F.col("concluded").isNull(), "no_conclusion")
+        .when(F.col("concluded") != F.col("label"), "other_conclusion")
+    )
+
+
+def write(spark: SparkSession, root: str, judged: DataFrame, teacher: str, run_id: str, now: Column) -> None:
+    """Upserts the judged chains of one teacher; what says the same already is not touched."""
+    rows = judged.withColumns(
+        {
+            "teacher": F.lit(teacher),
+            "kept": F.col("reason").isNull(),
+            "run_id": F.lit(run_id),
+            "created_at": now,
+        }
+    )
+    same = ("label", "chain", "reason", "content_hash")
+    changed = " OR ".join(f"NOT old.{name} <=> new.{name}" for name in same)
+    delta.upsert(spark, root, "chains", rows.select(*CHAINS.names), changed)
+
+
+def by_label(judged: DataFrame) -> tuple[list[str], dict[str, int]]:
+    """Kept and dropped chains by label and reason: for people, and summed over labels for the run's row."""
+    found = {(row["label"], row["reason"]): row["count"] for row in judged.groupBy("label", "reason").count().collect()}
+    counts: Counter[str] = Counter()
+    for (_, reason), count in found.items():
+        counts[reason or "kept"] += count
+    told = []
+    for label in LABELS:
+        mine = {reason or "kept": count for (of, reason), count in sorted(found.items(), key=str) if of == label}
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in mine.items() if reason != "kept") or "none"
+        told.append(f"{JOB}:   {label} {NAMES[label]}: kept {mine.get('kept', 0):,}, dropped {dropped}")
+    return told, dict(counts)
 
 
 def _concluded(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
@@ -19,7 +20,7 @@ from tests.test_rescore import PRODUCTS, put, scoring
 
 @pytest.fixture(scope="module")
 def written(spark: SparkSession, empty_tables: object, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Tables with rows in each: pairs, gold, label_probs, models, runs, quarantine."""
+    """Tables with rows in each."""
     import shutil
 
     root = str(shutil.copytree(str(empty_tables), tmp_path_factory.mktemp("readers") / "tables"))
@@ -43,6 +44,34 @@ def written(spark: SparkSession, empty_tables: object, tmp_path_factory: pytest.
     )
     delta.upsert(spark, root, "quarantine", bad)
     rescore(spark, root, scoring())
+    # A row in each of the tables of training, by the column types alone.
+    when = datetime(2026, 1, 2, tzinfo=UTC)
+    pair, run = "0" * 32, "20260102T000000-0"
+    chain = (pair, "file", 3, "Missed: colour. So Related.", True, None, "h", run, when)
+    sample = (
+        pair,
+        "m",
+        "p",
+        run,
+        0,
+        3,
+        "Missed. So Related.",
+        3,
+        True,
+        3,
+        True,
+        None,
+        9,
+        True,
+        "dev",
+        1.0,
+        7,
+        "h",
+        when,
+    )
+    why = (pair, "m", "p", 3, "argmax", "Missed. So Related.", 3, False, 9, True, "h", run, when)
+    for name, row in {"chains": chain, "samples": sample, "explanations": why}.items():
+        delta.append(spark, root, name, delta.rows(spark, name, [row]))
     return root
 
 

@@ -45,6 +45,40 @@ def test_files_become_probabilities_through_the_real_engine(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_a_real_engine_samples_explains_and_teaches_through_the_commands(tmp_path: Path) -> None:
+    model, root = tiny_model(tmp_path / "model"), tmp_path / "tables"
+    pairs = a_file_of_pairs(tmp_path, products=6, queries=3)
+    judged = [json.loads(line) | {"label": 1 + n % 4, "split": "train"} for n, line in enumerate(pairs.open())]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in judged))
+    submit("ingest", "--tables", root, "--pairs", pairs)
+    words = ("sample", "--tables", root, "--model", model, "--n", "4", "--max-tokens", "12", "--findings")
+    said = submit(*words, "--limit", "10")
+    assert "10 sampled" in said
+    rows = table(root, "samples")
+    assert len({(row["pair_id"], row["sample"]) for row in rows}) == len(rows) == 40
+    assert len({row["chain"] for row in rows}) > 30
+    assert max(row["tokens"] for row in rows) == 12
+    said = submit(*words)
+    assert "18 pairs, 10 were there, 8 sampled" in said
+    assert {row["engine_loads"] for row in table(root, "runs") if row["job"] == "sample"} == {1}
+
+    selected = ("--pairs", "SELECT pair_id FROM pairs WHERE query = 'kettle 1'", "--max-tokens", "12")
+    submit("rescore", "--tables", root, "--model", model)
+    assert "6 explained" in submit("explain", "--tables", root, "--model", model, *selected)
+    probs = {row["pair_id"]: row for row in table(root, "label_probs")}
+    for row in table(root, "explanations"):
+        p = [probs[row["pair_id"]][f"p_{name}"] for name in ("excellent", "related", "mismatch", "irrelevant")]
+        assert row["label"] == 4 - p.index(max(p))
+        assert 2 <= row["tokens"] <= 13
+
+    words = ("write_chains", "--tables", root, "--model", model, "--limit", "5", "--max-tokens", "12")
+    said = submit(*words, "--max-model-len", "1500")
+    assert "5 pairs, 0 were answered before, 5 asked" in said
+    assert len(table(root, "chains")) == 5
+    assert not list((root / "_scratch").glob("*"))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not ICECAT.exists(), reason="needs the Icecat pairs, which are not part of the project")
 def test_all_icecat_pairs_are_scored_once_and_again_only_where_a_title_changed(tmp_path: Path) -> None:
     root = tmp_path / "tables"

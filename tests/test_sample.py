@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 
 from jobs import rescore, sample
 from schemas import delta
-from tests.engines import answer_form, written
+from tests.engines import answer_form, logprobs, written
 from tests.test_rescore import PRODUCTS, QUERIES, put, scoring
 from udfs.answer import conclusion
 from udfs.engine import Sampling
@@ -134,6 +134,43 @@ def test_a_pair_that_leaves_no_room_for_an_answer_has_no_samples_and_is_counted(
     run = sample.sample(spark, root, scoring(max_model_len=200), FORM, ASKED)
     assert (run.counts["sampled"], run.counts["refused"]) == (1, 1)
     assert {r["product_id"] for r in samples(spark, root)} == {"k1"}
+
+
+def test_findings_are_judged_once_by_the_names_that_follow_them_with_label_and_statement_out_of_sight(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(spark, root, PRODUCTS)
+    judge(spark, root)
+    what = scoring()
+    made = dataclasses.replace(FORM, name_ids=(5, 6, 7, 8))
+    sample.sample(spark, root, what, made, ASKED)
+    before = samples(spark, root)
+    assert {r["entailed"] for r in before} == {None}
+    run = sample.sample(spark, root, what, made, ASKED, findings=True)
+    rows = samples(spark, root)
+    dropped = {"entailed", "created_at"}
+    assert sorted(repr({k: v for k, v in r.items() if k not in dropped}) for r in rows) == sorted(
+        repr({k: v for k, v in r.items() if k not in dropped}) for r in before
+    )
+    render = Renderer(what.prompt)
+    texts = {p[0]: render.product(p[1], "Hearthline", "Kitchen", *p[2:]) for p in PRODUCTS}
+    asked = set()
+    for row in rows:
+        question = made.question(row["chain"])
+        if question is None:
+            assert row["entailed"] is None
+            continue
+        ids = [*render.join(texts[row["product_id"]], render.query(row["query"])), *question]
+        p = logprobs(ids)
+        assert row["entailed"] == 4 - p.index(max(p))
+        asked.add((row["pair_id"], row["chain"]))
+    assert (run.counts["scored"], run.p_outside) == (len(asked), None)
+    assert "its findings alone lead there in" in capsys.readouterr().out
+    version = delta.version(spark, root, "samples")
+    sample.sample(spark, root, what, made, ASKED, findings=True)
+    assert delta.version(spark, root, "samples") == version
+    with pytest.raises(ValueError, match="begins two labels' names with one token"):
+        sample.sample(spark, root, what, FORM, ASKED, findings=True)
 
 
 def drawn(pairs: list[list[tuple[bool, bool]]]) -> pa.Table:

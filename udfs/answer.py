@@ -138,12 +138,7 @@ def form(model: Model, prompt: Prompt, order: str = "post") -> Form:
     """The form of a model's answers. Raises ValueError where its folder names no token that ends an answer."""
     if order not in ORDERS:
         raise ValueError(f"--order {order!r} is none of {', '.join(ORDERS)}")
-    ends = end_ids(model.path)
-    if not ends or max(ends) >= model.vocab_size:
-        raise ValueError(
-            f"model folder {model.path} names no token of its own that ends an answer ({ends or 'no eos_token_id'}); "
-            'add "eos_token_id" to its generation_config.json, the id of <|im_end|> for a ChatML model'
-        )
+    ends = required_end_ids(model)
     # Where there are several, the one that closes the template's own turns is what an answer ends with.
     template = {i for segment in (*prompt.product, *prompt.query) for i in (*segment.before, *segment.after)}
     ends = tuple(sorted(ends, key=lambda i: i not in template))
@@ -152,6 +147,17 @@ def form(model: Model, prompt: Prompt, order: str = "post") -> Form:
     four, three, two, one = (made._ids(f" So {NAMES[label]}")[start] for label in LABELS)
     names = (four, three, two, one) if len({four, three, two, one}) == len(LABELS) else None
     return Form(order, prompt.label_ids, ends, names, prompt.reserved, prompt.tokenizer_json)
+
+
+def required_end_ids(model: Model) -> tuple[int, ...]:
+    """`end_ids` of a model. Raises ValueError where its folder names none, or one that it does not have."""
+    ends = end_ids(model.path)
+    if not ends or max(ends) >= model.vocab_size:
+        raise ValueError(
+            f"model folder {model.path} names no token of its own that ends an answer ({ends or 'no eos_token_id'}); "
+            'add "eos_token_id" to its generation_config.json, the id of <|im_end|> for a ChatML model'
+        )
+    return ends
 
 
 def end_ids(folder: str) -> tuple[int, ...]:

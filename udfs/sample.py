@@ -70,6 +70,22 @@ def sampler(
     return answerer(settings, Question(ask, sampling.max_tokens, ([], "too_long"), columns, _ANSWER), load_engine)
 
 
+def questioner(form: Form, schema: pa.Schema) -> Callable[[Batches], Batches]:
+    """The function for `mapInArrow` that puts each row's findings (of `chain`) behind its prompt (`ids`).
+
+    Returns the columns of `schema`; rows whose chain has no findings are left out.
+    """
+
+    def ask(batches: Batches) -> Batches:
+        for batch in batches:
+            rows = batch.to_pylist()
+            asked = [(row, form.question(row["chain"])) for row in rows]
+            made = [{**row, "ids": [*row["ids"], *question]} for row, question in asked if question]
+            yield pa.RecordBatch.from_pylist(made, schema=schema)
+
+    return ask
+
+
 def _read(form: Form, ids: Sequence[int]) -> dict[str, object]:
     read = form.read(ids)
     return {
