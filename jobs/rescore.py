@@ -390,7 +390,7 @@ class Night:
         model = self.what.model
         row = (
             model.model_id, model.path, model.architecture, self.what.stage, None, model.weights_hash, None, metrics,
-            created_at,
+            created_at, None,
         )  # fmt: skip
         delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [row]))
 
