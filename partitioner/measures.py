@@ -146,7 +146,10 @@ def reliability(p: Floats, truth: Floats, weight: Floats, bins: int = BINS) -> l
     place = np.minimum((np.clip(p, 0, 1) * bins).astype(np.int64), bins - 1)
     total = np.bincount(place, weight, bins)
     said, true = np.bincount(place, weight * p, bins), np.bincount(place, truth, bins)
-    return [(said[b] / total[b], true[b] / total[b], total[b]) for b in range(bins) if total[b] > 0]
+    found = zip(
+        (said / np.maximum(total, 1e-300)).tolist(), (true / np.maximum(total, 1e-300)).tolist(), total.tolist()
+    )
+    return [bin for bin in found if bin[2] > 0]
 
 
 def ece(bins: Sequence[tuple[float, float, float]]) -> float:

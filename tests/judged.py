@@ -18,7 +18,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 def fill(spark: SparkSession, root: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Appends rows to a table; columns that are not given are null."""
-    values = [[row.get(column) for column in TABLES[name].names] for row in rows]
+    values = [[float(x) if isinstance(x, np.floating) else x for x in map(row.get, TABLES[name].names)] for row in rows]
     delta.append(spark, root, name, delta.rows(spark, name, values))
 
 

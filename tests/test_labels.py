@@ -15,6 +15,7 @@ import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
+from jobs.promote_thresholds import swap
 from partitioner import thresholds
 from schemas import delta
 from tests import judged
@@ -27,7 +28,8 @@ VECTORS = json.loads((DOCS / "tiers.json").read_text())
 def reader() -> ModuleType:
     """docs/labels.py, as a stranger runs it."""
     spec = importlib.util.spec_from_file_location("labels", DOCS / "labels.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -54,39 +56,30 @@ def test_the_sql_for_readers_is_the_rule_of_this_version() -> None:
     assert (DOCS / "labels.sql").read_text().endswith(thresholds.LABELS_SQL)
 
 
-@pytest.mark.parametrize("version", range(len(VECTORS["versions"])))
-def test_all_readers_find_the_tiers_of_the_shared_vectors(spark: SparkSession, root: str, version: int) -> None:
-    of = VECTORS["versions"][version]
-    rows = [row for row in VECTORS["rows"] if row["version"] == version]
-    by = of["segment_by"] or "category"
-    fill(
-        spark,
-        root,
-        "pairs",
-        [
-            pair(i, "q", **{by: r["segment"]})
-            for i, r in enumerate(rows)
-            if by == "category" or r["segment"] is not None
-        ],
-    )
-    fill(spark, root, "label_probs", [scored(i, "q", r["p"]) for i, r in enumerate(rows)])
-    other = [scored(i, "q", [0.25] * 4, model_id="another") for i in range(3)]
-    fill(spark, root, "label_probs", other)
-    stored = cuts(7, of["taus"], "active", of["segment_by"], of["temperature"])
-    fill(
-        spark,
-        root,
-        "thresholds",
-        [*stored, *cuts(6, {"": (0.1, 0.1, 0.1)}, "retired"), *cuts(8, {"": (0.9, 0.9, 0.9)})],
-    )
-    expected = {judged.pair_key(i): row["tier"] for i, row in enumerate(rows)}
-    for name, found in read_by_all(spark, root).items():
-        assert found == expected, name
-    for row in rows:
-        if row["p"]:
-            taus = of["taus"].get(row["segment"], of["taus"][""])
-            c = thresholds.cumulative(np.array([row["p"]], dtype=float), of["temperature"])
-            assert thresholds.tiers(c, taus).tolist() == [row["tier"]]
+def test_all_readers_find_the_tiers_of_the_shared_vectors(spark: SparkSession, root: str) -> None:
+    rows = VECTORS["rows"]
+    pairs, probs, stored = [], [], []
+    for i, row in enumerate(rows):
+        by = VECTORS["versions"][row["version"]]["segment_by"] or "category"
+        pairs.append(pair(i, "q", **{by: row["segment"]}))
+        probs.append(scored(i, "q", row["p"], model_id=f"model {row['version']}"))
+    for v, of in enumerate(VECTORS["versions"]):
+        made_by = {"model_id": f"model {v}"}
+        stored += cuts(v, of["taus"], "candidate", of["segment_by"], of["temperature"], **made_by)
+    fill(spark, root, "pairs", pairs)
+    fill(spark, root, "label_probs", probs)
+    fill(spark, root, "thresholds", stored)
+    for v, of in enumerate(VECTORS["versions"]):
+        swap(spark, root, v - 1 if v else None, v, "a test", None)
+        mine = {judged.pair_key(i): row for i, row in enumerate(rows) if row["version"] == v}
+        expected = {key: row["tier"] for key, row in mine.items()}
+        for name, found in read_by_all(spark, root).items():
+            assert found == expected, (name, v)
+        for row in mine.values():
+            if row["p"]:
+                taus = of["taus"].get(row["segment"], of["taus"][""])
+                c = thresholds.cumulative(np.array([row["p"]], dtype=float), of["temperature"])
+                assert thresholds.tiers(c, taus).tolist() == [row["tier"]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.37])
@@ -105,22 +98,14 @@ def test_all_readers_agree_on_100_000_random_rows_and_on_exact_ties(
     taus = {"": sorted(c[0], reverse=True), "Kettles": sorted(c[2], reverse=True), "Towels": sorted(c[4], reverse=True)}
     same = {"query": ["q"] * n, "product_id": keys, "locale": ["en"] * n}
     now = pa.array([judged.NOW] * n, pa.timestamp("us", "UTC"))
-    pairs = pa.table(
-        {
-            "pair_id": keys,
-            **same,
-            "title": ["t"] * n,
-            "category": category.tolist(),
-            "content_hash": ["c1"] * n,
-            "updated_at": now,
-        }
-    )
+    of_pairs = {"title": ["t"] * n, "category": category.tolist(), "content_hash": ["c1"] * n, "updated_at": now}
+    pairs = pa.table({"pair_id": keys, **same, **of_pairs})
+    ones = pa.array([1] * n, pa.int32())
     probs = pa.table({
         "pair_id": keys, "model_id": [MODEL] * n, "prompt_id": [PROMPT] * n, **same,
         **{name: p[:, k] for k, name in enumerate(("p_excellent", "p_related", "p_mismatch", "p_irrelevant"))},
         "p_outside": [0.0] * n, "outcome": ["scored"] * n, "content_hash": ["c1"] * n, "pairs_version": [0] * n,
-        "wave_id": ["w"] * n, "prompt_tokens": pa.array([1] * n, pa.int32()), "tokens_cut": pa.array([0] * n, pa.int32()),
-        "run_id": ["r0"] * n, "scored_at": now,
+        "wave_id": ["w"] * n, "prompt_tokens": ones, "tokens_cut": ones, "run_id": ["r0"] * n, "scored_at": now,
     })  # fmt: skip
     delta.append(spark, root, "pairs", spark.createDataFrame(pairs))
     delta.append(spark, root, "label_probs", spark.createDataFrame(probs))
