@@ -250,7 +250,8 @@ def judged(spark: SparkSession, root: str, wanted: Wanted, model_id: str, prompt
     asked = F.lower(F.regexp_replace(F.trim("query"), r"\s+", " "))
     return rows.select(
         "pair_id", "source", "split", "label", use.alias("use"), segment.alias("segment"),
-        F.xxhash64("locale", asked).alias("query"), *P_COLUMNS, *_weights(wanted.raters),
+        F.xxhash64("locale", asked).alias("query"), F.size(F.split(F.trim("query"), r"\s+")).alias("words"),
+        *P_COLUMNS, *_weights(wanted.raters),
     )  # fmt: skip
 
 
@@ -565,7 +566,8 @@ def _store(
     model_id, prompt_id = str(run.model_id), str(run.prompt_id)
     engines = engines_of(spark, root, model_id, prompt_id)
     sources = sorted(r["source"] for r in frame.where("use = 'fit'").select("source").distinct().collect())
-    aim = "; ".join([str(wanted.objective), *map(str, wanted.requirements)])
+    median = ["raters by their median"] if wanted.raters == "median" else []
+    aim = "; ".join([str(wanted.objective), *map(str, wanted.requirements), *median])
     while True:
         last = delta.read(spark, root, "thresholds").agg(F.max("version")).collect()[0][0]
         version, now, rows = (last or 0) + 1, datetime.now(UTC), []

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.fit_thresholds import engines_of
@@ -159,10 +159,11 @@ def swap(spark: SparkSession, root: str, old: int | None, new: int, who: str, re
         ) from error
 
 
-def shifted(
-    spark: SparkSession, root: str, stored: DataFrame, old: Version | None, new: Version, gates: Gates
-) -> str | None:
-    """Prints which tiers change; returns why a gate refuses, None where none does."""
+def tier_changes(spark: SparkSession, root: str, stored: DataFrame, old: Version | None, new: Version) -> list[Row]:
+    """Pairs counted by segment, tier before and after (null: none), there (has a row of new's model), stale.
+
+    `segment` is that of the new version, else of the old one, else the category.
+    """
     pairs, probs = delta.read(spark, root, "pairs"), delta.read(spark, root, "label_probs")
 
     def under(version: Version, name: str) -> DataFrame:
@@ -170,18 +171,29 @@ def shifted(
         found = thresholds.labels(spark, probs, pairs, cut)
         return found.select("pair_id", F.col("tier").alias(name), F.col("stale").alias(f"{name}_stale"))
 
-    by = new.segment_by or (old.segment_by if old else None) or "category"
-    rows = pairs.select("pair_id", F.coalesce(F.col(by), F.lit("")).alias("segment"))
+    rows = pairs.select("pair_id", F.coalesce(F.col(segment_column(old, new)), F.lit("")).alias("segment"))
     rows = rows.join(under(new, "after").withColumn("there", F.lit(True)), "pair_id", how="left")
     if old:
         rows = rows.join(under(old, "before"), "pair_id", how="left")
     else:
         rows = rows.withColumn("before", F.lit(None).cast("int"))
-    counted = rows.groupBy("segment", "before", "after", "there", "after_stale").count().collect()
+    return rows.groupBy("segment", "before", "after", "there", F.col("after_stale").alias("stale")).count().collect()
+
+
+def segment_column(old: Version | None, new: Version) -> str:
+    """The column of pairs by which a change of tiers is told."""
+    return new.segment_by or (old.segment_by if old else None) or "category"
+
+
+def shifted(
+    spark: SparkSession, root: str, stored: DataFrame, old: Version | None, new: Version, gates: Gates
+) -> str | None:
+    """Prints which tiers change; returns why a gate refuses, None where none does."""
+    counted, by = tier_changes(spark, root, stored, old, new), segment_column(old, new)
     total = sum(r["count"] for r in counted)
     missing = sum(r["count"] for r in counted if not r["there"])
     without = sum(r["count"] for r in counted if r["there"] and r["after"] is None)
-    stale = sum(r["count"] for r in counted if r["after_stale"])
+    stale = sum(r["count"] for r in counted if r["stale"])
     print(
         f"{JOB}: {total:,} pairs: {missing:,} without a row of its model and prompt, {without:,} without a "
         f"probability, {stale:,} judged on an older text"

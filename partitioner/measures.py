@@ -146,10 +146,8 @@ def reliability(p: Floats, truth: Floats, weight: Floats, bins: int = BINS) -> l
     place = np.minimum((np.clip(p, 0, 1) * bins).astype(np.int64), bins - 1)
     total = np.bincount(place, weight, bins)
     said, true = np.bincount(place, weight * p, bins), np.bincount(place, truth, bins)
-    found = zip(
-        (said / np.maximum(total, 1e-300)).tolist(), (true / np.maximum(total, 1e-300)).tolist(), total.tolist()
-    )
-    return [bin for bin in found if bin[2] > 0]
+    bins_of = zip(said.tolist(), true.tolist(), total.tolist(), strict=True)
+    return [(s / t, y / t, t) for s, y, t in bins_of if t > 0]
 
 
 def ece(bins: Sequence[tuple[float, float, float]]) -> float:
