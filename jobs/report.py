@@ -160,8 +160,8 @@ def compared(figures: Sequence[Any]) -> list[Section]:
             .resolve_scale(x="independent")
         )
         say = (
-            "Each way to cut, with its 95 % interval from a bootstrap by query. Where the lines of two overlap widely "
-            "they cannot be told apart: take the simpler one, or judge more queries."
+            "Each way to cut, with its 95 % interval from a bootstrap by query. Which of two wins is in the "
+            "table measures, as their difference with its own interval; where that holds 0, take the simpler one."
         )
         head = ("cuts", "measure", "value", "low", "high")
         found.append(Section(f"compared-{split}", f"Measures, {title}", say, chart, head, rows))
@@ -184,8 +184,11 @@ def confusion(figures: Sequence[Any], cuts: str) -> Section:
     base = alt.Chart(_data(["label", "tier", "weight", "share"], rows)).encode(
         alt.X("tier:N", sort=None), alt.Y("label:N", sort=None)
     )
-    chart = base.mark_rect().encode(alt.Color("share:Q", scale=alt.Scale(scheme="blues"), title="share of the label"))
-    text = base.mark_text().encode(alt.Text("share:Q", format=".0%"), color=alt.value("#222"))
+    chart = base.mark_rect().encode(
+        alt.Color("share:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]), title="share of the label")
+    )
+    dark = alt.condition(alt.datum.share > 0.5, alt.value("white"), alt.value("#222"))
+    text = base.mark_text().encode(alt.Text("share:Q", format=".0%"), color=dark)
     say = (
         "Out of fold: how the pairs of each label are spread over the tiers. Far from the diagonal is what users see: "
         "Irrelevant in the first columns calls for --require, not for another objective."
@@ -215,11 +218,19 @@ def curve(sample: Rows, of: Version, rows: Sequence[Any]) -> Section:
         marks.append((name, row["tau"], row["optimal_low"], row["optimal_high"], *spread))
     head = ["cut", "tau", "optimal_low", "optimal_high", "spread_low", "spread_high"]
     line = alt.Chart(_data(["cut", "measure", "tau", "value"], points)).mark_line().encode(
-        alt.X("tau:Q"), alt.Y("value:Q", scale=alt.Scale(zero=False)), alt.Color("measure:N")
+        alt.X("tau:Q", title="τ"), alt.Y("value:Q", scale=alt.Scale(zero=False)), alt.Color("measure:N")
     )  # fmt: skip
     at = _data(head, marks)
-    rule = alt.Chart(at).mark_rule(color="#d62728").encode(alt.X("tau:Q"), tooltip=head)
-    band = alt.Chart(at).mark_rect(opacity=0.15, color="#d62728").encode(alt.X("spread_low:Q"), alt.X2("spread_high:Q"))
+    rule = (
+        alt.Chart(at)
+        .mark_rule(color="#d62728")
+        .encode(alt.X("tau:Q", title="τ"), tooltip=["cut:N", *(f"{name}:Q" for name in head[1:])])
+    )
+    band = (
+        alt.Chart(at)
+        .mark_rect(opacity=0.15, color="#d62728")
+        .encode(alt.X("spread_low:Q", title="τ"), alt.X2("spread_high:Q"))
+    )
     charts = [
         alt.layer(
             *(layer.transform_filter(alt.datum.cut == name) for layer in (band, line, rule))
@@ -250,13 +261,13 @@ def calibration(sample: Rows, of: Version) -> Section:
     names = [name for _, name, _ in errors[: len(errors) // len(kinds)]]
     data = _data(["probabilities", "of", "said", "true", "weight"], rows)
     line = alt.Chart(data).mark_line(point=True).encode(
-        alt.X("said:Q", scale=alt.Scale(domain=[0, 1])), alt.Y("true:Q", scale=alt.Scale(domain=[0, 1])),
+        alt.X("said:Q", scale=alt.Scale(domain=[0, 1]), title="said"), alt.Y("true:Q", scale=alt.Scale(domain=[0, 1]), title="true"),
         alt.Color("probabilities:N"), tooltip=["said:Q", "true:Q", "weight:Q"],
     )  # fmt: skip
     diagonal = (
         alt.Chart(_data(["x"], [(0,), (1,)]))
         .mark_line(color="#999", strokeDash=[4, 4])
-        .encode(alt.X("x:Q"), alt.Y("x:Q"))
+        .encode(alt.X("x:Q", title="said"), alt.Y("x:Q", title="true"))
     )
     charts = [
         (diagonal + line.transform_filter(alt.datum.of == name)).properties(width=170, height=170, title=name)
@@ -295,7 +306,7 @@ def shift(spark: SparkSession, root: str, stored: DataFrame, every: dict[int, An
     base = alt.Chart(_data(["before", "after", "pairs"], rows)).encode(
         alt.X("after:N", sort=list(names.values())), alt.Y("before:N", sort=list(names.values()))
     )
-    heat = base.mark_rect().encode(alt.Color("pairs:Q", scale=alt.Scale(scheme="blues")))
+    heat = base.mark_rect(opacity=0.6).encode(alt.Color("pairs:Q", scale=alt.Scale(scheme="blues")))
     chart = (heat + base.mark_text().encode(alt.Text("pairs:Q", format=","))).properties(width=320, height=220)
     say = (
         f"Pairs by their tier under version {before.version} and under version {of.version}. What is off the diagonal "
@@ -342,7 +353,7 @@ def by_kind(frame: DataFrame, tiers: DataFrame, of: Version) -> list[Section]:
         head = ("kind", "judgements", "queries", "accuracy")
         chart = alt.Chart(_data(head, told)).mark_bar().encode(
             alt.Y("kind:N", sort=None, title=title), alt.X("accuracy:Q", scale=alt.Scale(domain=[0, 1])),
-            tooltip=list(head),
+            tooltip=["kind:N", *(f"{name}:Q" for name in head[1:])],
         )  # fmt: skip
         say = (
             f"Share of judgements that the tier meets, by {title}, on all judged pairs (those of the fit too). A weak "
