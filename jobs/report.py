@@ -259,9 +259,9 @@ def calibration(sample: Rows, of: Version) -> Section:
             rows += [(kind, name, round(s, 5), round(t, 5), round(w, 3)) for s, t, w in bins]
             errors.append((kind, name, round(measures.ece(bins), 5)))
     names = [name for _, name, _ in errors[: len(errors) // len(kinds)]]
-    data = _data(["probabilities", "of", "said", "true", "weight"], rows)
+    data, unit = _data(["probabilities", "of", "said", "true", "weight"], rows), alt.Scale(domain=[0, 1])
     line = alt.Chart(data).mark_line(point=True).encode(
-        alt.X("said:Q", scale=alt.Scale(domain=[0, 1]), title="said"), alt.Y("true:Q", scale=alt.Scale(domain=[0, 1]), title="true"),
+        alt.X("said:Q", scale=unit, title="said"), alt.Y("true:Q", scale=unit, title="true"),
         alt.Color("probabilities:N"), tooltip=["said:Q", "true:Q", "weight:Q"],
     )  # fmt: skip
     diagonal = (
