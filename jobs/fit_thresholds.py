@@ -500,7 +500,7 @@ def _figures(
 ) -> list[Figure]:
     """All measures of each way with their intervals, the differences from the wanted one, and its segments."""
     costs = np.asarray(wanted.objective.costs) if wanted.objective.costs else None
-    of = measures.named(costs)
+    of = measures.named(costs) | {str(r): r.of_confusion for r in wanted.requirements}
     found: list[Figure] = []
 
     def measure(here: Rows, names: Sequence[str], tiers: list[NDArray[np.int64]], segment: str) -> None:
@@ -614,6 +614,8 @@ def _table(wanted: Wanted, names: Sequence[str], split: str, found: list[Figure]
     for name in names:
         shown = {"score": "weighted score", "argmax": "likeliest label"}.get(name, f"CumPT {name}")
         lines.append(f"    {shown:<24}" + "".join(f"{_shown(by[name, c]):<28}" for c in columns))
+    for asked in map(str, wanted.requirements):
+        lines.append(f"    required: {asked}; {', '.join(f'{name} {_shown(by[name, asked])}' for name in names)}")
     return "\n".join(lines)
 
 

@@ -259,12 +259,17 @@ class Requirement:
         k = LABELS.index(self.label) + 1
         if self.of is not None:
             y = LABELS.index(self.of)
-            part, whole = shown[..., y], gold[y]
+            part, whole = shown[..., y], gold[..., y]
         elif self.kind == "recall":
-            part, whole = shown[..., :k].sum(-1), gold[:k].sum()
+            part, whole = shown[..., :k].sum(-1), gold[..., :k].sum(-1)
         else:
             part, whole = shown[..., :k].sum(-1), shown.sum(-1)
         return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)
+
+    def of_confusion(self, confusion: Floats) -> Floats:
+        """The bounded figure of confusion matrices [..., label, tier]."""
+        k = LABELS.index(self.label) + 1
+        return self.measured(confusion[..., :, :k].sum(-1), confusion.sum(-1))
 
     def met(self, shown: Floats, gold: Floats) -> NDArray[np.bool_]:
         """Where it holds; showing nothing has no precision and does not meet one."""

@@ -70,7 +70,8 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
         {"model_id": MODEL, "path": "/m", "stage": "sft", "weights_hash": "f", "metrics": {}, "created_at": judged.NOW,
          "trained_on": ["raters"]}
     ])  # fmt: skip
-    wanted = Wanted("boundary", "category", Objective(), (), min_gold=40, replicates=100, refits=10)
+    asked = (Requirement("recall", 3, 0.5),)
+    wanted = Wanted("boundary", "category", Objective(), asked, min_gold=40, replicates=100, refits=10)
     version = fit_thresholds(spark, root, wanted)
     said = capsys.readouterr().out
     for line in (
@@ -86,6 +87,7 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
         "3 pairs have no judgement",
         "1 of 2 values of category get cuts of their own",
         "CumPT boundary_by_category",
+        "required: recall of Related or better at least 0.5; boundary_by_category 0.",
         "weighted score",
         "likeliest label",
         "boundary_by_category against score, macro_f1:",

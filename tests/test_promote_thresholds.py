@@ -69,6 +69,9 @@ def test_what_cannot_be_trusted_is_refused_with_a_sentence(
 ) -> None:
     bad = [row for row in cuts(3, {"": (0.2, 0.3, 0.4)})]
     scored_tables(spark, root, [*cuts(1, LOW), *bad, *cuts(4, LOW, model_id="another"), *cuts(5, LOW)[:2]])
+    assert not delta.claim(
+        spark, root, "thresholds", delta.read(spark, root, "thresholds").where("version = 1"), "version"
+    )
     for version, reason in ((9, "no version 9"), (3, "not whole"), (5, "not whole")):
         with pytest.raises(ValueError, match=reason):
             promote(spark, root, version)
