@@ -13,6 +13,7 @@ from pyspark.errors import PySparkException
 from pyspark.logger import PySparkLogger
 from pyspark.sql import SparkSession
 
+from partitioner import thresholds
 from schemas import delta
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     PySparkLogger.getLogger("SQLQueryContextLogger").disabled = True  # says each error once more, as JSON
     spark = delta.session("sql")
-    there = delta.register(spark, args.tables)
+    there = thresholds.register(spark, args.tables)
     if not there:
         raise ValueError(
             f"there are no tables under {args.tables!r}; make them: ingest --tables {args.tables} --pairs FILE"

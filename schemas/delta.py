@@ -25,7 +25,7 @@ from delta.exceptions import (
 )
 from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark import SparkConf, SparkContext
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 
 from schemas.tables import TABLES, Table
 
@@ -274,6 +274,42 @@ def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple
         return target.merge(keys.select(*on).distinct().alias("new"), matched).whenMatchedDelete()
 
     return _merged(build)["deleted"]
+
+
+def claim(spark: SparkSession, root: str, name: str, rows: DataFrame, on: str) -> bool:
+    """Adds rows that share one value of column `on`, in one commit; False, with nothing written, where it is taken."""
+
+    def build() -> DeltaMergeBuilder:
+        target = DeltaTable.forPath(spark, path(root, name)).alias("old")
+        new = rows.select(*TABLES[name].names).alias("new")
+        return target.merge(new, f"old.{on} = new.{on}").whenNotMatchedInsertAll()
+
+    return _merged(build)["inserted"] > 0
+
+
+def update(spark: SparkSession, root: str, name: str, where: Column, values: dict[str, str | Column]) -> None:
+    """Sets columns of the rows `where`, in one commit. A value may be `raise_error`: then nothing is written.
+
+    So a row can be compared and swapped: what another writer has committed first is what `where` and `values` see.
+    """
+    _committed(lambda: DeltaTable.forPath(spark, path(root, name)).update(where, values))
+
+
+def sync(spark: SparkSession, root: str, name: str, changes: DataFrame) -> dict[str, int]:
+    """Brings `changes` into a table by its key, in one commit: rows to write, and where `gone` is true, to remove.
+
+    `changes`: the table's columns and `gone` BOOLEAN, at most one row a key; read twice, so land it first.
+    """
+
+    def build() -> DeltaMergeBuilder:
+        names = TABLES[name].names
+        matched = " AND ".join(f"old.{key} = new.{key}" for key in TABLES[name].key)
+        values: dict[str, str | Column] = {c: f"new.{c}" for c in names}
+        merge = DeltaTable.forPath(spark, path(root, name)).alias("old").merge(changes.alias("new"), matched)
+        merge = merge.whenMatchedDelete("new.gone").whenMatchedUpdate(set=values)
+        return merge.whenNotMatchedInsert("NOT new.gone", values)
+
+    return _merged(build)
 
 
 def _merged(build: Callable[[], DeltaMergeBuilder]) -> dict[str, int]:

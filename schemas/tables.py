@@ -324,10 +324,111 @@ RUNS = Table(
     {"status_named": "status IN ('running', 'done', 'failed')"},
 )
 
+# Columns of pairs by which cuts may differ; the view `labels` names each.
+SEGMENT_COLUMNS = ("locale", "category", "brand")
+
+THRESHOLDS = Table(
+    "thresholds",
+    "One cut of one fitted version: a pair is of tier k or better where its cumulative probability c_k >= tau",
+    ("version", "segment", "boundary"),
+    (
+        Col("version", "BIGINT", "The fitted version; all its rows are put into force and taken back together", True),
+        Col("segment", "STRING", "Value of the column segment_by for which the cut holds; empty: all others", True),
+        Col("boundary", "INT", "The tier that the cut opens: 4, 3 or 2", True),
+        Col("tau", "DOUBLE", "The cut: the middle of the interval in which nothing better can be had", True),
+        Col("optimal_low", "DOUBLE", "Lower end of that interval", True),
+        Col("optimal_high", "DOUBLE", "Upper end of that interval, which belongs to it", True),
+        Col("tau_low", "DOUBLE", "2.5 % of the spread of tau over refits on resampled queries; no confidence interval"),
+        Col("tau_high", "DOUBLE", "97.5 % of that spread"),
+        Col("segment_by", "STRING", "Column of pairs whose value is the segment; null: one cut for all"),
+        Col(
+            "temperature",
+            "DOUBLE",
+            "Probabilities are first raised to 1/temperature and made to sum to 1; 1: off",
+            True,
+        ),
+        Col("rule", "STRING", "one: the same tau at all boundaries (the paper's); boundary: a tau for each", True),
+        Col("objective", "STRING", "What was made best, with its constraints", True),
+        Col("value", "DOUBLE", "The objective on the rows of the fit; for what to expect see measures", True),
+        Col("n_gold", "BIGINT", "Judgements it was fitted on", True),
+        Col("gold_sources", "ARRAY<STRING>", "Where these come from", True),
+        Col("allow_train", "BOOLEAN", "Whether judgements the model was trained on were let in (overconfident)", True),
+        Col("model_id", "STRING", "The model whose probabilities it cuts; promoted together with it", True),
+        Col("prompt_id", "STRING", "The prompt that model is asked with", True),
+        Col("engines", "ARRAY<STRING>", "Number type and engine of the runs that brought the probabilities", True),
+        Col("run_id", "STRING", "The run that fitted it; its figures are in measures", True),
+        Col("status", "STRING", "candidate, active, or retired", True),
+        Col("fitted_at", "TIMESTAMP", "When it was fitted", True),
+        Col("activated_at", "TIMESTAMP", "When it was last put into force"),
+        Col("activated_by", "STRING", "Who put it into force last"),
+        Col("reason", "STRING", "Why, in the words of who did"),
+    ),
+    {
+        "boundary_range": "boundary IN (2, 3, 4)",
+        "tau_range": "tau BETWEEN 0 AND 1 AND NOT isnan(tau)",
+        "optimal_range": "optimal_low <= tau AND tau <= optimal_high",
+        "temperature_range": "temperature BETWEEN 0.05 AND 20",
+        "rule_named": "rule IN ('one', 'boundary')",
+        "segment_by_named": "segment_by IS NULL OR segment_by IN ("
+        + ", ".join(f"'{c}'" for c in SEGMENT_COLUMNS)
+        + ")",
+        "status_named": "status IN ('candidate', 'active', 'retired')",
+        "active_since": "status = 'candidate' OR activated_at IS NOT NULL",
+    },
+    change_feed=True,
+)
+
+PUBLISHED_LABELS = Table(
+    "published_labels",
+    "The tier handed to the index; a row is rewritten only when its tier changes, so follow the change feed",
+    ("pair_id",),
+    (
+        Col("pair_id", "STRING", "The pair", True),
+        Col("query", "STRING", "The pair's query", True),
+        Col("product_id", "STRING", "The pair's product", True),
+        Col("locale", "STRING", "The pair's locale", True),
+        Col("tier", "INT", "4 Excellent, 3 Related, 2 Mismatch, 1 Irrelevant", True),
+        Col("tier_since_version", "BIGINT", "The version of thresholds that gave it this tier", True),
+        Col("tier_since_model_id", "STRING", "The model that gave it this tier", True),
+        Col("published_at", "TIMESTAMP", "When it got this tier", True),
+    ),
+    {"tier_range": "tier BETWEEN 1 AND 4"},
+    cluster_by=("locale", "product_id"),
+    change_feed=True,
+)
+
+MEASURES = Table(
+    "measures",
+    "One figure that a run measured on judged pairs",
+    ("run_id", "cuts", "split", "segment", "measure"),
+    (
+        Col("run_id", "STRING", "The run", True),
+        Col(
+            "cuts",
+            "STRING",
+            "What cut: one, boundary, score (weighted score), argmax, or one_by_…, boundary_by_…",
+            True,
+        ),
+        Col("split", "STRING", "out_of_fold, test, or fit: which judged pairs", True),
+        Col("segment", "STRING", "The segment, empty: all", True),
+        Col(
+            "measure",
+            "STRING",
+            "macro_f1, accuracy, kappa, cost, ece_…, confusion_<label>_<tier>, …_minus_<cuts>",
+            True,
+        ),
+        Col("value", "DOUBLE", "The figure; null where it is not defined"),
+        Col("low", "DOUBLE", "2.5 % of its bootstrap by query"),
+        Col("high", "DOUBLE", "97.5 % of its bootstrap by query"),
+        Col("n", "BIGINT", "Judgements it was measured on", True),
+    ),
+)
+
 TABLES = {
     t.name: t
     for t in (
-        PAIRS, GOLD, LABEL_PROBS, CHAINS, SAMPLES, PREFERENCES, EXPLANATIONS, MODELS, QUARANTINE, RUNS,
+        PAIRS, GOLD, LABEL_PROBS, THRESHOLDS, PUBLISHED_LABELS, CHAINS, SAMPLES, PREFERENCES, EXPLANATIONS, MODELS, MEASURES,
+        QUARANTINE, RUNS,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 
 from jobs.rescore import rescore
 from schemas import delta, tables
+from tests import judged
 from tests.test_rescore import PRODUCTS, put, scoring
 
 
@@ -72,6 +73,12 @@ def written(spark: SparkSession, empty_tables: object, tmp_path_factory: pytest.
     why = (pair, "m", "p", 3, "argmax", "Missed. So Related.", 3, False, 9, True, "h", run, when)
     for name, row in {"chains": chain, "samples": sample, "explanations": why}.items():
         delta.append(spark, root, name, delta.rows(spark, name, [row]))
+    judged.fill(spark, root, "thresholds", judged.cuts(1, {"": (0.7, 0.5, 0.3)}, "active", reason="a test"))
+    tier = {"product_id": "k1", "locale": "en", "tier": 3, "tier_since_version": 1, "tier_since_model_id": "m"}
+    row = {"pair_id": judged.pair_key(1), "query": "kettle", **tier, "published_at": judged.NOW}
+    judged.fill(spark, root, "published_labels", [row])
+    figure = {"run_id": "r", "cuts": "one", "split": "test", "segment": "", "measure": "macro_f1", "value": 0.5, "n": 9}
+    judged.fill(spark, root, "measures", [figure])
     return root
 
 

@@ -170,7 +170,7 @@ def test_rows_of_removed_pairs_go_at_the_next_start_for_all_models(spark: SparkS
 def test_a_model_trained_with_another_prompt_is_refused(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
     what = scoring()
-    row: tuple[Any, ...] = (what.model.model_id, "/m", None, "sft", "another-prompt", "ff", None, {}, None)
+    row: tuple[Any, ...] = (what.model.model_id, "/m", None, "sft", "another-prompt", "ff", None, {}, None, None)
     rows = delta.rows(spark, "models", [row]).withColumn("created_at", F.current_timestamp())
     delta.upsert(spark, root, "models", rows)
     with pytest.raises(ValueError, match="was trained with prompt another-prompt"):

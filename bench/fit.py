@@ -1,0 +1,71 @@
+"""How long fitting takes against sorting the same rows in Spark.
+
+python -m bench.fit [--rows 1000000] [--rounds 3]
+
+Rows: probabilities of four labels and one judgement each. `ORDER BY c4` to nowhere is the yardstick: it reads the rows,
+sorts them by one value, and passes all their columns on. A fit looks at three values a row. Both read the same cached
+rows. Bootstrap and cross-validation are not part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+
+from pyspark.sql import functions as F
+
+from partitioner import thresholds
+from partitioner.thresholds import BOUNDARIES, Objective
+from schemas import delta
+from schemas.labels import LABELS, P_COLUMNS
+
+
+def main(argv: list[str]) -> int:
+    """Prints one JSON object: seconds of each, and the ratios to the sort; the least of all rounds."""
+    parser = argparse.ArgumentParser(prog="bench.fit", description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args(argv)
+    spark = delta.session("bench.fit", {"spark.driver.memory": "4g", "spark.ui.showConsoleProgress": "false"})
+    rows = spark.range(args.rows)
+    draws = [-F.log(F.lit(1e-12) + F.rand(seed)) for seed in (1, 2, 3, 4)]
+    rows = rows.select("id", F.rand(9).alias("u"), *[d.alias(f"d{i}") for i, d in enumerate(draws)])
+    total = sum((F.col(f"d{i}") for i in range(1, 4)), F.col("d0"))
+    rows = rows.select("u", *[(F.col(f"d{i}") / total).alias(p) for i, p in enumerate(P_COLUMNS)])
+    rows = thresholds.cumulated(rows, 1.0)
+    label = F.when(F.col("u") < F.col("c4"), 4).when(F.col("u") < F.col("c3"), 3).when(F.col("u") < F.col("c2"), 2)
+    rows = rows.withColumn("label", label.otherwise(1))
+    weights = [(F.col("label") == y).cast("double").alias(f"w{y}") for y in LABELS]
+    rows = rows.select(*[f"c{k}" for k in BOUNDARIES], *weights).persist()
+    rows.count()
+
+    def sort() -> None:
+        rows.orderBy("c4").write.format("noop").mode("overwrite").save()
+
+    def fit(rule: str, objective: Objective) -> None:
+        pieces = thresholds.Spread(rows, 2 * spark.sparkContext.defaultParallelism)
+        try:
+            thresholds.fit(pieces, rule, objective)
+        finally:
+            pieces.close()
+
+    jobs: dict[str, Callable[[], None]] = {"sort": sort}
+    for rule in thresholds.RULES:
+        for name in ("macro_f1", "accuracy", "kappa"):
+            jobs[f"{rule} {name}"] = lambda rule=rule, name=name: fit(rule, Objective(name))  # type: ignore[misc]
+    seconds: dict[str, float] = {}
+    for _ in range(args.rounds):
+        for name, job in jobs.items():
+            began = time.monotonic()
+            job()
+            seconds[name] = min(seconds.get(name, float("inf")), time.monotonic() - began)
+    ratios = {name: round(s / seconds["sort"], 2) for name, s in seconds.items()}
+    print(json.dumps({"rows": args.rows, "seconds": {k: round(s, 2) for k, s in seconds.items()}, "ratio": ratios}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

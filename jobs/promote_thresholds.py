@@ -1,0 +1,234 @@
+"""Puts a version of thresholds, and with it its model and prompt, into force; also the way back.
+
+promote_thresholds --tables T --version V [--dry-run] [--max-shift 20%] [--max-missing 1%] [--reason "…"]
+
+Shows first how many pairs change their tier, from what to what. The swap is one commit, and it compares: where someone
+else has put a version into force since this one looked, nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
+
+from jobs.fit_thresholds import engines_of
+from partitioner import thresholds
+from partitioner.thresholds import Version
+from schemas import delta, runs
+from schemas.labels import LABELS, NAMES
+
+JOB = "promote_thresholds"
+GATE_FAILED = 3
+_SEGMENTS_TOLD = 10
+_LOST = "put into force meanwhile"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What may be missing (share of pairs without a row of the new model) and change (share of tiers) at most."""
+
+    missing: float = 0.01
+    shift: float = 0.2
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0, or 3 where a gate refused."""
+    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
+    )
+    parser.add_argument("--version", required=True, type=int, metavar="V", help="of thresholds")
+    parser.add_argument(
+        "--max-missing", type=share, default=Gates.missing, metavar="X",
+        help="refuse where more of the pairs have no row of its model and prompt (default 1%%)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-shift", type=share, default=Gates.shift, metavar="X",
+        help="refuse where more of the pairs would change their tier (default 20%%)",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="show what would change, and stop")
+    parser.add_argument("--by-whom", default=None, metavar="NAME", help="who does it (default: the login name)")
+    parser.add_argument("--reason", default=None, metavar="TEXT", help="why; kept with the version and its run")
+    args = parser.parse_args(argv)
+    spark = delta.session(JOB)
+    delta.prepare(spark, args.tables)
+    who = args.by_whom or getpass.getuser()
+    return promote(
+        spark, args.tables, args.version, Gates(args.max_missing, args.max_shift), who, args.reason, args.dry_run
+    )
+
+
+def share(text: str) -> float:
+    """A share such as 0.2 or 20%. Raises argparse's error for anything else."""
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 0.2 or 20%")
+    return value
+
+
+def promote(
+    spark: SparkSession,
+    root: str,
+    version: int,
+    gates: Gates | None = None,
+    who: str = "",
+    reason: str | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Puts `version` into force; returns 0, or 3 where a gate refused.
+
+    Raises ValueError for a version that is not there or not whole, RuntimeError where another promotion was faster.
+    """
+    gates = gates or Gates()
+    stored = delta.read(spark, root, "thresholds", delta.version(spark, root, "thresholds"))
+    rows = stored.where(F.col("status").isin("active") | (F.col("version") == version)).collect()
+    wanted = [row for row in rows if row["version"] == version]
+    if not wanted:
+        known = sorted(row[0] for row in stored.select("version").distinct().collect())
+        raise ValueError(f"there is no version {version} of thresholds (there are: {known}); fit one: fit_thresholds")
+    new = thresholds.version_of(wanted)
+    in_force = [row for row in rows if row["status"] == "active"]
+    old = thresholds.version_of(in_force) if in_force else None
+    if old and old.version == version:
+        print(f"{JOB}: version {version} is in force already; nothing was written")
+        return 0
+    run = runs.start(spark, root, JOB, new.model_id, new.prompt_id)
+    try:
+        print(
+            f"{JOB}: version {version}, {wanted[0]['objective']} = {wanted[0]['value']:.4f} on {wanted[0]['n_gold']:,} "
+            f"judgements, model {new.model_id}, instead of " + (f"version {old.version}" if old else "none")
+        )
+        refusal = shifted(spark, root, stored, old, new, gates)
+        fitted, now = set(wanted[0]["engines"]), set(engines_of(spark, root, new.model_id, new.prompt_id))
+        if other := sorted(now - fitted):
+            refusal = (
+                f"rows of its model were scored with {other[0]!r}, but it was fitted on rows of {sorted(fitted)}; fit "
+                f"anew: fit_thresholds --tables {root} --model-id {new.model_id} --prompt-id {new.prompt_id}"
+            )
+        done = f"version {version} instead of {old.version if old else 'none'}, by {who}: {reason or 'no reason given'}"
+        if refusal or dry_run:
+            told = f"not put into force: {refusal}" if refusal else "dry run, nothing was written"
+            print(f"{JOB}: version {version} {told}", flush=True)
+            runs.finish(spark, root, run, "done", f"{told} ({done})")
+            return GATE_FAILED if refusal else 0
+        swap(spark, root, old.version if old else None, version, who, reason)
+    except BaseException as error:
+        runs.finish(spark, root, run, "failed", (str(error) or repr(error)).splitlines()[0])
+        raise
+    runs.finish(spark, root, replace(run, counts={"version": version}), "done", done)
+    print(f"{JOB}: version {version} is in force. Hand the changed tiers on: publish --tables {root}", flush=True)
+    return 0
+
+
+def swap(spark: SparkSession, root: str, old: int | None, new: int, who: str, reason: str | None) -> None:
+    """Compares and swaps, in one commit: `new` becomes active where `old` (or none) still is.
+
+    Raises RuntimeError, with nothing written, where another version is.
+    """
+    status, version = F.col("status"), F.col("version")
+    # Each active row must be of `old`, and each of `old` active: else the whole commit fails, whoever came between.
+    foreign = (status == "active") & ~version.eqNullSafe(F.lit(old).cast("bigint"))
+    fallen = (version == old) & (status != "active") if old is not None else F.lit(False)
+    lost = F.raise_error(F.concat(F.lit(f"another version was {_LOST} (seen at version "), version.cast("string")))
+    becomes = F.when(foreign | fallen, lost).when(version == new, "active").when(status == "active", "retired")
+    touched = (status == "active") | (version == new) | (F.lit(False) if old is None else version == old)
+    mine = version == new
+    values: dict[str, str | Column] = {
+        "status": becomes.otherwise(status),
+        "activated_at": F.when(mine, F.current_timestamp()).otherwise(F.col("activated_at")),
+        "activated_by": F.when(mine, F.lit(who)).otherwise(F.col("activated_by")),
+        "reason": F.when(mine, F.lit(reason)).otherwise(F.col("reason")),
+    }
+    try:
+        delta.update(spark, root, "thresholds", touched, values)
+    except PySparkException as error:
+        if _LOST not in str(error):
+            raise
+        raise RuntimeError(
+            f"another version was {_LOST}; nothing was written. See which: promote_thresholds --tables {root} "
+            f"--version {new} --dry-run"
+        ) from error
+
+
+def tier_changes(spark: SparkSession, root: str, stored: DataFrame, old: Version | None, new: Version) -> list[Row]:
+    """Pairs counted by segment, tier before and after (null: none), there (has a row of new's model), stale.
+
+    `segment` is that of the new version, else of the old one, else the category.
+    """
+    pairs, probs = delta.read(spark, root, "pairs"), delta.read(spark, root, "label_probs")
+
+    def under(version: Version, name: str) -> DataFrame:
+        cut = stored.where(F.col("version") == version.version).withColumn("status", F.lit("active"))
+        found = thresholds.labels(spark, probs, pairs, cut)
+        return found.select("pair_id", F.col("tier").alias(name), F.col("stale").alias(f"{name}_stale"))
+
+    rows = pairs.select("pair_id", F.coalesce(F.col(segment_column(old, new)), F.lit("")).alias("segment"))
+    rows = rows.join(under(new, "after").withColumn("there", F.lit(True)), "pair_id", how="left")
+    if old:
+        rows = rows.join(under(old, "before"), "pair_id", how="left")
+    else:
+        rows = rows.withColumn("before", F.lit(None).cast("int"))
+    return rows.groupBy("segment", "before", "after", "there", F.col("after_stale").alias("stale")).count().collect()
+
+
+def segment_column(old: Version | None, new: Version) -> str:
+    """The column of pairs by which a change of tiers is told."""
+    return new.segment_by or (old.segment_by if old else None) or "category"
+
+
+def shifted(
+    spark: SparkSession, root: str, stored: DataFrame, old: Version | None, new: Version, gates: Gates
+) -> str | None:
+    """Prints which tiers change; returns why a gate refuses, None where none does."""
+    counted, by = tier_changes(spark, root, stored, old, new), segment_column(old, new)
+    total = sum(r["count"] for r in counted)
+    missing = sum(r["count"] for r in counted if not r["there"])
+    without = sum(r["count"] for r in counted if r["there"] and r["after"] is None)
+    stale = sum(r["count"] for r in counted if r["stale"])
+    print(
+        f"{JOB}: {total:,} pairs: {missing:,} without a row of its model and prompt, {without:,} without a "
+        f"probability, {stale:,} judged on an older text"
+    )
+    both = [r for r in counted if r["before"] is not None and r["after"] is not None]
+    changed = [r for r in both if r["before"] != r["after"]]
+    of, change = sum(r["count"] for r in both), sum(r["count"] for r in changed)
+    matrix: Counter[tuple[int | None, int | None]] = Counter()
+    for r in counted:
+        matrix[r["before"], r["after"]] += r["count"]
+    names: dict[int | None, str] = {**dict(NAMES.items()), None: "no tier"}
+    print(f"    {'from, to':<12}" + "".join(f"{names[a]:>12}" for a in (*LABELS, None)))
+    for b in (*LABELS, None) if old else (None,):
+        print(f"    {names[b]:<12}" + "".join(f"{matrix[b, a]:>12,}" for a in (*LABELS, None)))
+    if old:
+        print(f"{JOB}: {change:,} of {of:,} pairs change their tier ({_percent(change, of)})")
+        told: dict[str, tuple[int, int]] = {}
+        for r in both:
+            n, m = told.get(r["segment"], (0, 0))
+            told[r["segment"]] = n + r["count"], m + (r["count"] if r["before"] != r["after"] else 0)
+        most = sorted(told.items(), key=lambda item: (-item[1][1], item[0]))[:_SEGMENTS_TOLD]
+        for segment, (n, m) in most if len(told) > 1 else ():
+            print(f"    {by} {segment or '(none)':<30} {m:>9,} of {n:>9,} change ({_percent(m, n)})")
+    if missing > gates.missing * total:
+        return (
+            f"{_percent(missing, total)} of the pairs have no row of model {new.model_id} and prompt {new.prompt_id}, "
+            f"allowed {gates.missing:.2%}; score them (rescore or backfill), or allow more with --max-missing"
+        )
+    if old and change > gates.shift * of:
+        return (
+            f"{_percent(change, of)} of the tiers would change, allowed {gates.shift:.2%}; look at the shift above, "
+            "and allow it with --max-shift"
+        )
+    return None
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "none"

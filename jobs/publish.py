@@ -1,0 +1,174 @@
+"""Hands the tiers in force on: to published_labels, changed rows only, or to a file for search tools.
+
+publish --tables T
+publish --tables T --format qrels|quepid --out FILE
+
+published_labels is written in one commit in which only rows with another tier appear, so its change feed is what the
+index must update; a pair that is gone, or has no tier any more, leaves it. qrels: TREC's judgements with grades 0..3
+(label - 1) and FILE.topics.tsv beside it; ids hold no white space. quepid: the CSV that Quepid imports as judgements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TextIO
+from urllib.parse import quote
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from partitioner import thresholds
+from partitioner.thresholds import Version
+from schemas import delta, files, runs
+
+JOB = "publish"
+FORMATS = ("qrels", "quepid")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001 (full-width forms count too)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0."""
+    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
+    )
+    parser.add_argument("--format", choices=FORMATS, help="write a file instead of the table")
+    parser.add_argument("--out", metavar="FILE", help="the file, on this machine")
+    args = parser.parse_args(argv)
+    if (args.format is None) != (args.out is None):
+        raise ValueError("--format and --out belong together: --format qrels --out FILE")
+    if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
+        raise ValueError(f"--out {args.out}: its folder does not exist")
+    spark = delta.session(JOB)
+    delta.prepare(spark, args.tables)
+    if args.format:
+        export(spark, args.tables, args.format, args.out)
+    else:
+        publish(spark, args.tables)
+    return 0
+
+
+def in_force(spark: SparkSession, root: str) -> tuple[Version, DataFrame]:
+    """The active version, and the view's rows that have a tier. Raises ValueError before the first promotion."""
+    version = thresholds.active(spark, root)
+    if version is None:
+        raise ValueError(f"no version is in force; put one there: promote_thresholds --tables {root} --version V")
+    read = [delta.read(spark, root, name) for name in ("label_probs", "pairs", "thresholds")]
+    return version, thresholds.labels(spark, *read).where("tier IS NOT NULL")
+
+
+def publish(spark: SparkSession, root: str) -> dict[str, int]:
+    """Brings published_labels to the tiers in force; returns how many rows were inserted, updated and deleted."""
+    version, tiers = in_force(spark, root)
+    run = runs.start(spark, root, JOB, version.model_id, version.prompt_id)
+    try:
+        new = tiers.select("pair_id", "query", "product_id", "locale", "tier", "version", "model_id")
+        old = delta.read(spark, root, "published_labels").select("pair_id", F.struct("*").alias("old"))
+        both = new.join(old, "pair_id", how="full")
+
+        def either(name: str) -> Any:
+            return F.coalesce(name, f"old.{name}").alias(name)
+
+        changes = both.where("tier IS NULL OR old IS NULL OR tier <> old.tier").select(
+            "pair_id",
+            either("query"),
+            either("product_id"),
+            either("locale"),
+            either("tier"),
+            F.coalesce("version", "old.tier_since_version").alias("tier_since_version"),
+            F.coalesce("model_id", "old.tier_since_model_id").alias("tier_since_model_id"),
+            F.current_timestamp().alias("published_at"),
+            F.col("tier").isNull().alias("gone"),
+        )
+        landed = delta.scratch(root, run.run_id, "changes")
+        changes.write.parquet(landed, mode="overwrite")
+        changes = spark.read.parquet(files.literal(landed))
+        nothing = {"inserted": 0, "updated": 0, "deleted": 0}
+        counts = nothing if changes.isEmpty() else delta.sync(spark, root, "published_labels", changes)
+    except BaseException as error:
+        runs.finish(spark, root, run, "failed", (str(error) or repr(error)).splitlines()[0])
+        raise
+    finally:
+        delta.drop_scratch(spark, root, run.run_id)
+    runs.finish(spark, root, replace(run, counts=counts), "done")
+    at = delta.version(spark, root, "published_labels")
+    print(
+        f"{JOB}: version {version.version}: {counts['inserted']:,} new, {counts['updated']:,} with another tier, "
+        f"{counts['deleted']:,} gone; published_labels is at Delta version {at}"
+        + ("" if any(counts.values()) else ", nothing was written"),
+        flush=True,
+    )
+    after = thresholds.active(spark, root)
+    if after and after.version != version.version:
+        print(f"{JOB}: version {after.version} was put into force meanwhile; publish again")
+    return counts
+
+
+def export(spark: SparkSession, root: str, format: str, out: str) -> int:
+    """Writes the tiers in force to a file; returns how many."""
+    version, tiers = in_force(spark, root)
+    rows = tiers.select("locale", "query", "product_id", "tier").orderBy("locale", "query", "product_id")
+    write = qrels if format == "qrels" else quepid
+    count = write(rows.toLocalIterator(), out)
+    print(f"{JOB}: {count:,} judgements of version {version.version} in {out}", flush=True)
+    return count
+
+
+def query_id(locale: str, query: str) -> str:
+    """A topic's id: q and 16 hex digits of a hash of locale and query."""
+    text = f"{len(locale.encode())}:{locale}{query}"
+    return "q" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def document_id(product_id: str) -> str:
+    """A product's id without white space: what is not a letter, digit or one of `_.-~` is percent-encoded UTF-8."""
+    return quote(product_id, safe="")
+
+
+def qrels(rows: Iterator[Any], out: str) -> int:
+    """`topic 0 document grade` a line, and OUT.topics.tsv with `topic<tab>query`; rows come sorted by query."""
+    count, last = 0, None
+    with _whole(f"{out}.topics.tsv") as topics, _whole(out) as judgements:
+        for row in rows:
+            topic = query_id(row["locale"], row["query"])
+            if topic != last:
+                last = topic
+                topics.write(f"{topic}\t{' '.join(row['query'].split())}\n")
+            judgements.write(f"{topic} 0 {document_id(row['product_id'])} {row['tier'] - 1}\n")
+            count += 1
+    return count
+
+
+def quepid(rows: Iterator[Any], out: str) -> int:
+    """query,docid,rating with a head; a cell that a spreadsheet would take for a formula gets an apostrophe first."""
+    count = 0
+    with _whole(out) as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["query", "docid", "rating"])
+        for row in rows:
+            table.writerow([_guarded(row["query"]), _guarded(row["product_id"]), row["tier"] - 1])
+            count += 1
+    return count
+
+
+def _guarded(cell: str) -> str:
+    return f"'{cell}" if cell.lstrip(" ").startswith(_FORMULA) else cell
+
+
+@contextmanager
+def _whole(path: str) -> Iterator[TextIO]:
+    """A file that appears under its name only when it is whole."""
+    part = f"{path}.part"
+    try:
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)

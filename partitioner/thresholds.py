@@ -1,0 +1,840 @@
+"""CumPT: probabilities into tiers. `fit` finds the cuts, `LABELS_SQL` applies them: ≥ is written in this file only.
+
+With c4 = p4, c3 = p4 + p3, c2 = (p4 + p3) + p2 the tier is the highest k with c_k ≥ τ_k, else 1 (TaoSR1, section 3.5:
+one τ for all). With τ4 ≥ τ3 ≥ τ2 a tier is k or better exactly where c_k ≥ τ_k, since c4 ≤ c3 ≤ c2. So what is shown as
+k or better depends on τ_k alone, and a matrix of worths (accuracy, costs) is a sum of one term a boundary: the best
+ordered triple is found exactly by one scan over the sorted values. Kappa is a ratio of two such sums (Dinkelbach 1967:
+a few scans). Macro-F1 chains neighbours (F1 of Related needs τ4 and τ3), so it is exact by dynamic programming, in the
+square of the cuts, up to `EXACT_CUTS`; beyond that a grid of them, and then each τ in turn over all cuts.
+
+Every value in the data is a cut, and all τ between two neighbouring values cut alike: such an interval (low, high] is
+what is searched, its middle is what is chosen. Weights are rounded to 2^-20, so that sums are exact in any order: the
+same cuts come out whatever the order of rows and however they lie in partitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyspark import TaskContext
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from partitioner import measures
+from partitioner.measures import Floats
+from schemas import delta
+from schemas.labels import LABELS, NAMES, P_COLUMNS
+from schemas.tables import SEGMENT_COLUMNS
+
+BOUNDARIES = LABELS[:3]
+RULES = ("one", "boundary")
+EXACT_CUTS = 4096  # values a boundary: 17 million combinations of two cuts, under a second
+GRID_CUTS = 1024
+_ZOOMS = 6
+_ALIKE = 1e-13  # objectives nearer than this (of their size) are one: the noise of adding up costs
+_FIRST = 1e6  # what recall is worth against accuracy, where recall is asked for
+
+# The rule, for readers: SQL that Spark, DuckDB and Polars understand; docs/labels.sql is this text.
+
+_RAISED = {
+    f"q{y}": f"CASE WHEN temperature = 1 THEN {p} ELSE POWER({p}, 1.0 / temperature) END"
+    for y, p in zip(LABELS, P_COLUMNS, strict=True)
+}
+_TOTAL = "CASE WHEN temperature = 1 THEN 1.0 ELSE ((q4 + q3) + q2) + q1 END"
+_CUMULATIVE = {"c4": "q4 / total", "c3": "(q4 + q3) / total", "c2": "((q4 + q3) + q2) / total"}
+_TIER = "WHEN c4 >= tau4 THEN 4 WHEN c3 >= tau3 THEN 3 WHEN c2 >= tau2 THEN 2"
+_SEGMENT = "CASE g.segment_by " + " ".join(f"WHEN '{c}' THEN p.{c}" for c in SEGMENT_COLUMNS) + " END"
+
+
+def _columns(named: dict[str, str]) -> str:
+    return ",\n           ".join(f"{sql} AS {name}" for name, sql in named.items())
+
+
+LABELS_SQL = f"""\
+WITH cut AS (
+    SELECT version, segment, segment_by, model_id, prompt_id, temperature,
+           MAX(CASE WHEN boundary = 4 THEN tau END) AS tau4,
+           MAX(CASE WHEN boundary = 3 THEN tau END) AS tau3,
+           MAX(CASE WHEN boundary = 2 THEN tau END) AS tau2
+    FROM thresholds
+    WHERE status = 'active'
+    GROUP BY version, segment, segment_by, model_id, prompt_id, temperature
+), judged AS (
+    SELECT l.pair_id, l.query, l.product_id, l.locale, {", ".join(f"l.{p}" for p in P_COLUMNS)},
+           l.outcome, l.content_hash <> p.content_hash AS stale, g.version, g.model_id, g.prompt_id, g.temperature,
+           g.tau4 AS other4, g.tau3 AS other3, g.tau2 AS other2,
+           {_SEGMENT} AS segment
+    FROM label_probs AS l
+    JOIN cut AS g ON l.model_id = g.model_id AND l.prompt_id = g.prompt_id
+    JOIN pairs AS p ON l.pair_id = p.pair_id
+    WHERE g.segment = ''
+), raised AS (
+    SELECT judged.*,
+           COALESCE(s.tau4, other4) AS tau4, COALESCE(s.tau3, other3) AS tau3, COALESCE(s.tau2, other2) AS tau2,
+           {_columns(_RAISED)}
+    FROM judged
+    LEFT JOIN (SELECT segment AS of_segment, tau4, tau3, tau2 FROM cut) AS s ON judged.segment = s.of_segment
+), summed AS (
+    SELECT *, {_TOTAL} AS total
+    FROM raised
+), cumulated AS (
+    SELECT *, {", ".join(f"{sql} AS {name}" for name, sql in _CUMULATIVE.items())}
+    FROM summed
+), tiered AS (
+    SELECT *, CASE WHEN c4 IS NULL THEN NULL {_TIER} ELSE 1 END AS tier
+    FROM cumulated
+)
+SELECT pair_id, query, product_id, locale, tier,
+       CASE tier {" ".join(f"WHEN {k} THEN '{NAMES[k]}'" for k in LABELS)} END AS tier_name,
+       {", ".join(P_COLUMNS)}, outcome, stale, segment, version, model_id, prompt_id
+FROM tiered
+"""  # noqa: S608 (names of the contract only)
+
+
+def cumulated(rows: DataFrame, temperature: float) -> DataFrame:
+    """Adds c4, c3, c2 to rows with the four probabilities, as the view does."""
+    rows = rows.withColumn("temperature", F.lit(temperature))
+    rows = rows.withColumns({name: F.expr(sql) for name, sql in _RAISED.items()})
+    rows = rows.withColumn("total", F.expr(_TOTAL))
+    return rows.withColumns({name: F.expr(sql) for name, sql in _CUMULATIVE.items()})
+
+
+def cumulative(p: Floats, temperature: float = 1.0) -> Floats:
+    """c4, c3, c2 of probabilities of labels 4, 3, 2, 1: [n, 4] -> [n, 3], bit for bit as in SQL at temperature 1."""
+    q = p if temperature == 1 else p ** (1 / temperature)
+    c: Floats = np.stack([q[:, 0], q[:, 0] + q[:, 1], (q[:, 0] + q[:, 1]) + q[:, 2]], axis=1)
+    return c if temperature == 1 else c / (c[:, 2] + q[:, 3])[:, None]
+
+
+def scaled(p: Floats, temperature: float) -> Floats:
+    """Probabilities [n, 4] at a temperature; they sum to 1."""
+    raised = p ** (1 / temperature)
+    found: Floats = raised / raised.sum(1, keepdims=True)
+    return found
+
+
+def weighted_score(p: Floats) -> Floats:
+    """What CumPT replaces: Σ w_k p_k with w = 3, 2, 1, 0, over 3; [n, 3], the same at each boundary."""
+    return np.repeat((((3 * p[:, 0] + 2 * p[:, 1]) + p[:, 2]) / 3)[:, None], 3, axis=1)
+
+
+def tiers(c: Floats, taus: Sequence[float] | Floats) -> NDArray[np.int64]:
+    """The rule: c [n, 3] and τ4, τ3, τ2 (or one triple a row) -> tiers [n]."""
+    met = c >= np.asarray(taus)
+    return np.where(met[:, 0], 4, np.where(met[:, 1], 3, np.where(met[:, 2], 2, 1))).astype(np.int64)
+
+
+def argmax(p: Floats) -> NDArray[np.int64]:
+    """The likeliest label, the better one of two alike."""
+    found: NDArray[np.int64] = (4 - p.argmax(1)).astype(np.int64)
+    return found
+
+
+def labels(spark: SparkSession, label_probs: DataFrame, pairs: DataFrame, thresholds: DataFrame) -> DataFrame:
+    """The view's rule over given tables: one row for each row of label_probs of the active version's model."""
+    sql = LABELS_SQL
+    for name in ("label_probs", "pairs", "thresholds"):
+        sql = sql.replace(f"FROM {name}", f"FROM {{{name}}}").replace(f"JOIN {name} ", f"JOIN {{{name}}} ")
+    return spark.sql(sql, label_probs=label_probs, pairs=pairs, thresholds=thresholds)
+
+
+def register(spark: SparkSession, root: str) -> list[str]:
+    """Registers the tables and, where its tables are there, the view `labels`; returns their names."""
+    there = delta.register(spark, root)
+    if {"thresholds", "label_probs", "pairs"} <= set(there):
+        spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW labels AS {LABELS_SQL}")
+        there.append("labels")
+    return there
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of thresholds. `cuts`: τ4, τ3, τ2 by segment, '' for all others."""
+
+    version: int
+    model_id: str
+    prompt_id: str
+    segment_by: str | None
+    temperature: float
+    cuts: dict[str, tuple[float, float, float]]
+
+
+def active(spark: SparkSession, root: str) -> Version | None:
+    """The version in force, None before the first promotion. Raises RuntimeError where the table holds two."""
+    rows = delta.read(spark, root, "thresholds").where("status = 'active'").collect()
+    if not rows:
+        return None
+    if len({row["version"] for row in rows}) > 1:
+        raise RuntimeError(f"thresholds has two active versions: {sorted({row['version'] for row in rows})}")
+    return version_of(rows)
+
+
+def version_of(rows: Sequence[Any]) -> Version:
+    """The version whose rows these are. Raises ValueError for one that is not whole or not in order."""
+    cuts: dict[str, dict[int, float]] = {}
+    for row in rows:
+        cuts.setdefault(row["segment"], {})[row["boundary"]] = row["tau"]
+    triples = {}
+    for segment, taus in cuts.items():
+        if set(taus) != set(BOUNDARIES) or not 1 >= taus[4] >= taus[3] >= taus[2] >= 0:
+            raise ValueError(
+                f"version {rows[0]['version']} is not whole: segment {segment!r} has the cuts {taus}, wanted one for "
+                "each of 4, 3, 2 with 1 ≥ τ4 ≥ τ3 ≥ τ2 ≥ 0; fit another one with fit_thresholds"
+            )
+        triples[segment] = (taus[4], taus[3], taus[2])
+    names = {(r["model_id"], r["prompt_id"], r["segment_by"], r["temperature"]) for r in rows}
+    if "" not in triples or len(names) != 1:
+        raise ValueError(f"version {rows[0]['version']} is not whole: it needs cuts for all others, and one model")
+    model_id, prompt_id, by, temperature = names.pop()
+    return Version(rows[0]["version"], model_id, prompt_id, by, temperature, triples)
+
+
+# What is made best
+
+
+@dataclass(frozen=True)
+class Objective:
+    """macro_f1, accuracy, kappa, cost (`costs` [label, tier], 4 first: as little as can be), or recall (of `label`)."""
+
+    name: str = "macro_f1"
+    costs: tuple[tuple[float, ...], ...] | None = None
+    label: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.label is None else f"recall of {NAMES[self.label]} or better, then accuracy"
+
+    def value(self, confusion: Floats) -> Floats:
+        """The objective of confusion matrices [..., label, tier], the more the better; cost is negative."""
+        if self.name == "macro_f1":
+            return measures.macro_f1(confusion)
+        if self.name == "kappa":
+            return measures.kappa(confusion)
+        total = np.maximum(confusion.sum((-1, -2)), 1e-300)
+        found: Floats = (confusion * self.worth()).sum((-1, -2)) / total
+        return found
+
+    def shown(self, confusion: Floats) -> Floats:
+        """What people read of it: recall alone, and costs as costs."""
+        if self.name == "recall":
+            return measures.recall(confusion, self.label or 4)
+        return -self.value(confusion) if self.name == "cost" else self.value(confusion)
+
+    def worth(self) -> Floats:
+        """The worth of a tier for a label, [label, tier], where the objective is a sum of them."""
+        if self.name == "accuracy":
+            return np.eye(4)
+        if self.name == "cost":
+            return -np.asarray(self.costs, dtype=np.float64)
+        if self.name == "recall":
+            k = LABELS.index(self.label or 4) + 1
+            right = np.zeros((4, 4))
+            right[:k, :k] = _FIRST
+            return right + np.eye(4)
+        raise AssertionError(f"{self.name} is no sum of worths")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A bound on what one boundary shows: precision or recall of `label` or better, or how much `of` is shown so."""
+
+    kind: str
+    label: int
+    bound: float
+    of: int | None = None
+
+    def __str__(self) -> str:
+        better = NAMES[self.label] if self.label == 4 else f"{NAMES[self.label]} or better"
+        if self.of is not None:
+            return f"{NAMES[self.of]} shown as {better} at most {self.bound:g}"
+        return f"{self.kind} of {better} at least {self.bound:g}"
+
+    def measured(self, shown: Floats, gold: Floats) -> Floats:
+        """The bounded figure where `shown` [..., 4] (by label) is what boundary `label` shows; NaN: nothing shown."""
+        k = LABELS.index(self.label) + 1
+        if self.of is not None:
+            y = LABELS.index(self.of)
+            part, whole = shown[..., y], gold[..., y]
+        elif self.kind == "recall":
+            part, whole = shown[..., :k].sum(-1), gold[..., :k].sum(-1)
+        else:
+            part, whole = shown[..., :k].sum(-1), shown.sum(-1)
+        return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)
+
+    def of_confusion(self, confusion: Floats) -> Floats:
+        """The bounded figure of confusion matrices [..., label, tier]."""
+        k = LABELS.index(self.label) + 1
+        return self.measured(confusion[..., :, :k].sum(-1), confusion.sum(-1))
+
+    def met(self, shown: Floats, gold: Floats) -> NDArray[np.bool_]:
+        """Where it holds; showing nothing has no precision and does not meet one."""
+        found = self.measured(shown, gold)
+        if self.of is not None:
+            return ~(found > self.bound + 1e-12)
+        return np.asarray(found >= self.bound - 1e-12)
+
+
+class Impossible(ValueError):
+    """No cut meets a requirement; says the best that can be had."""
+
+
+# The cuts of a part of the values
+
+
+@dataclass(frozen=True)
+class Piece:
+    """All cuts τ in (low, high]. For boundaries 4, 3, 2: where its cuts change, and the weight by label at or above.
+
+    `uppers[b]`: ascending, the last is `high`; τ in (uppers[b][i-1], uppers[b][i]] shows `above[b][i]` [4].
+    """
+
+    low: float
+    high: float
+    uppers: tuple[Floats, Floats, Floats]
+    above: tuple[Floats, Floats, Floats]
+
+    def merged(self) -> tuple[Floats, Floats, Floats]:
+        """The cuts of all boundaries on one scale: lows [m], highs [m], above [m, boundary, label]."""
+        highs = np.unique(np.concatenate(self.uppers))
+        above = [a[np.searchsorted(u, highs)] for u, a in zip(self.uppers, self.above, strict=True)]
+        return np.concatenate(([self.low], highs[:-1])), highs, np.stack(above, axis=1)
+
+
+def rounded(weights: Floats) -> Floats:
+    """Weights as whole multiples of 2^-20: their sums are exact, whatever the order, up to 8 thousand million."""
+    return np.round(weights * 2**20) / 2**20
+
+
+Ranked = tuple[NDArray[np.int64], NDArray[np.int64], Floats]
+
+
+def _ranked(values: Floats) -> Ranked:
+    """Their order, where each distinct one starts in it, and the distinct ones ascending."""
+    order = np.argsort(values, kind="stable")
+    ranked = values[order]
+    starts = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1]))[: len(ranked)])
+    return order, starts, ranked[starts]
+
+
+def _cuts(ranked: Ranked, weights: Floats, high: float, beyond: Floats) -> tuple[Floats, Floats]:
+    """One boundary's `uppers` and `above`, where `beyond` [4] lies above `high`."""
+    order, starts, values = ranked
+    sums = np.add.reduceat(weights[order], starts) if len(starts) else np.zeros((0, 4))
+    above = np.cumsum(sums[::-1], axis=0)[::-1] + beyond
+    if not len(values) or values[-1] < high:
+        return np.append(values, high), np.vstack([above, beyond])
+    return values, above
+
+
+class Values:
+    """Sorted values c [n, 3] of rows; gives their cuts for one set of weights after another without sorting anew."""
+
+    def __init__(self, c: Floats) -> None:
+        self._ranked = [_ranked(np.minimum(c[:, b], 1.0)) for b in range(3)]
+
+    def cuts(self, weights: Floats) -> Local:
+        """The cuts for weights [n, 4] by label."""
+        weights = rounded(weights)
+        (u4, a4), (u3, a3), (u2, a2) = (_cuts(ranked, weights, 1.0, np.zeros(4)) for ranked in self._ranked)
+        return Local(Piece(-1.0, 1.0, (u4, u3, u2), (a4, a3, a2)), weights.sum(0))
+
+
+Step = Callable[[Piece], list[float]]
+
+
+class Pieces(Protocol):
+    """All cuts there are, in pieces by ascending value, and the weight of each label [4]."""
+
+    gold: Floats
+
+    def each(self, step: Step) -> list[list[float]]:
+        """What `step` says of each piece, in order."""
+
+
+class Local:
+    """All cuts of rows that this process holds: one piece."""
+
+    def __init__(self, piece: Piece, gold: Floats) -> None:
+        self.piece, self.gold = piece, gold
+
+    def each(self, step: Step) -> list[list[float]]:
+        """One answer."""
+        return [step(self.piece)]
+
+
+class Spread:
+    """All cuts of rows that Spark holds: each row's three values, sorted into ranges, one piece a partition.
+
+    Nothing but a few numbers a partition comes to the driver. `close` lets go of what is cached.
+    """
+
+    def __init__(self, rows: DataFrame, partitions: int) -> None:
+        """`rows`: columns c4, c3, c2, w4, w3, w2, w1."""
+        weights = [F.round(F.col(f"w{y}") * 2**20) / 2**20 for y in LABELS]
+        events = [
+            F.struct(F.least(f"c{k}", F.lit(1.0)).alias("value"), F.lit(k).cast("byte").alias("k")) for k in BOUNDARIES
+        ]
+        frame = rows.select(
+            F.explode(F.array(*events)).alias("e"), *[w.alias(f"w{y}") for w, y in zip(weights, LABELS, strict=True)]
+        )
+        frame = frame.select("e.value", "e.k", *[f"w{y}" for y in LABELS])
+        self._frame = frame.repartitionByRange(partitions, "value").persist()
+        sums = [F.sum(F.when(F.col("k") == k, F.col(f"w{y}"))).alias(f"s{k}{y}") for k in BOUNDARIES for y in LABELS]
+        found = (
+            self._frame.groupBy(F.spark_partition_id().alias("at")).agg(F.max("value").alias("top"), *sums).collect()
+        )
+        parts = sorted(found, key=lambda r: r["top"])
+        self.gold = np.zeros(4)
+        beyond, self._place = np.zeros((3, 4)), {}
+        for i in range(len(parts) - 1, -1, -1):
+            low = parts[i - 1]["top"] if i else -1.0
+            high = parts[i]["top"] if i < len(parts) - 1 else 1.0
+            self._place[int(parts[i]["at"])] = (float(low), float(high), beyond.copy())
+            beyond = beyond + [[parts[i][f"s{k}{y}"] or 0.0 for y in LABELS] for k in BOUNDARIES]
+        self.gold = beyond[0]
+
+    def each(self, step: Step) -> list[list[float]]:
+        """Runs `step` on the workers, one task a piece."""
+        place = self._place
+
+        def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            rows = pa.Table.from_batches(list(batches))
+            context = TaskContext.get()
+            at = context.partitionId() if context else -1
+            if rows.num_rows:
+                low, high, beyond = place[at]
+                value, k = rows["value"].to_numpy(), rows["k"].to_numpy()
+                weights = np.stack([rows[f"w{y}"].to_numpy() for y in LABELS], axis=1)
+                mine = [k == boundary for boundary in BOUNDARIES]
+                (u4, a4), (u3, a3), (u2, a2) = (
+                    _cuts(_ranked(value[m]), weights[m], high, beyond[b]) for b, m in enumerate(mine)
+                )
+                said = step(Piece(low, high, (u4, u3, u2), (a4, a3, a2)))
+                yield pa.RecordBatch.from_pydict({"low": [low], "said": [said]})
+
+        # Prompts go to workers by 512; these rows are 41 bytes.
+        conf, rows_a_batch = self._frame.sparkSession.conf, "spark.sql.execution.arrow.maxRecordsPerBatch"
+        before = conf.get(rows_a_batch)
+        conf.set(rows_a_batch, "100000")
+        try:
+            said = self._frame.mapInArrow(run, "low DOUBLE, said ARRAY<DOUBLE>").collect()
+        finally:
+            conf.set(rows_a_batch, str(before))
+        return [list(row["said"]) for row in sorted(said, key=lambda r: r["low"])]
+
+    def close(self) -> None:
+        """Frees what is cached."""
+        self._frame.unpersist()
+
+
+# Finding them
+
+
+@dataclass(frozen=True)
+class Fit:
+    """τ4, τ3, τ2; the interval (low, high] of each in which nothing better can be had; what they do to the rows."""
+
+    taus: tuple[float, float, float]
+    lows: tuple[float, float, float]
+    highs: tuple[float, float, float]
+    value: float
+    confusion: Floats
+
+
+def fit(
+    pieces: Pieces,
+    rule: str,
+    objective: Objective,
+    requirements: Sequence[Requirement] = (),
+    cuts: int = EXACT_CUTS,
+    relax: bool = False,
+) -> Fit:
+    """The best cuts that meet the requirements: one τ (`rule` "one") or τ4 ≥ τ3 ≥ τ2 ("boundary").
+
+    `cuts`: up to how many values a boundary macro-F1 is exact. `relax`: what cannot be met is met as nearly as can be.
+    Raises ValueError where there are no rows, and `Impossible` with the best that can be had.
+    """
+    if not pieces.gold.sum() > 0:
+        raise ValueError("there are no judged rows to fit on")
+
+    def search(pieces: Pieces, objective: Objective, requirements: tuple[Requirement, ...]) -> Intervals | None:
+        if rule == "one":
+            return _one(pieces, objective, requirements)
+        return _boundaries(pieces, objective, requirements, cuts)
+
+    found = search(pieces, objective, tuple(requirements))
+    if found is None and relax:
+        found = search(pieces, objective, tuple(_nearest(pieces, r) for r in requirements)) or search(
+            pieces, objective, ()
+        )
+    if found is None:
+        best = "; ".join(f"{r}: the best alone is {_nearest(pieces, r).bound:.4g}" for r in requirements)
+        together = "" if len(requirements) == 1 and rule == "boundary" else " (they must hold together)"
+        raise Impossible(f"no cuts meet what is required{together}. {best}. Ask for that, or for less")
+    return _settled(pieces, objective, *found)
+
+
+Intervals = tuple[list[float], list[float]]
+
+
+def _settled(pieces: Pieces, objective: Objective, lows: list[float], highs: list[float]) -> Fit:
+    """The middles of the intervals, after each is cut to where the order of the τ leaves it."""
+    l4, l3, l2 = (max(0.0, *lows[b:]) for b in range(3))
+    h4, h3, h2 = (min(highs[: b + 1]) for b in range(3))
+    taus = (_middle(l4, h4), _middle(l3, h3), _middle(l2, h2))
+    confusion = confusion_at(pieces, taus)
+    return Fit(taus, (l4, l3, l2), (h4, h3, h2), float(objective.value(confusion)), confusion)
+
+
+def _middle(low: float, high: float) -> float:
+    middle = (low + high) / 2
+    return middle if middle > low else high  # two neighbours among doubles have nothing between them
+
+
+def confusion_at(pieces: Pieces, taus: Sequence[float]) -> Floats:
+    """The confusion matrix [label, tier] of given cuts."""
+
+    def step(piece: Piece) -> list[float]:
+        said: list[float] = []
+        for tau, uppers, above in zip(taus, piece.uppers, piece.above, strict=True):
+            here = piece.low < tau <= piece.high
+            said += [float(here), *(above[np.searchsorted(uppers, tau)] if here else np.zeros(4))]
+        return said
+
+    shown = np.zeros((3, 4))
+    for said in pieces.each(step):
+        for b in range(3):
+            if said[5 * b]:
+                shown[b] = said[5 * b + 1 : 5 * b + 5]
+    return _confusion(shown, pieces.gold)
+
+
+def _confusion(shown: Floats, gold: Floats) -> Floats:
+    """[..., boundary, label] at or above each boundary -> [..., label, tier]."""
+    s4, s3, s2 = shown[..., 0, :], shown[..., 1, :], shown[..., 2, :]
+    return np.stack([s4, s3 - s4, s2 - s3, gold - s2], axis=-1)
+
+
+def _nearest(pieces: Pieces, requirement: Requirement) -> Requirement:
+    """The requirement with the best bound that can be met."""
+    gold, b = pieces.gold, BOUNDARIES.index(requirement.label)
+
+    def step(piece: Piece) -> list[float]:
+        found = requirement.measured(piece.above[b], gold)
+        found = found[~np.isnan(found)]
+        return [float(found.min() if requirement.of is not None else found.max())] if len(found) else []
+
+    found = [x for said in pieces.each(step) for x in said]
+    best = (min if requirement.of is not None else max)(found) if found else float("nan")
+    return Requirement(requirement.kind, requirement.label, best, requirement.of)
+
+
+def _one(pieces: Pieces, objective: Objective, requirements: tuple[Requirement, ...]) -> Intervals | None:
+    """The interval of the best single τ; the widest of those that are alike."""
+    gold = pieces.gold
+
+    def step(piece: Piece) -> list[float]:
+        lows, highs, shown = piece.merged()
+        value = objective.value(_confusion(shown, gold))
+        for requirement in requirements:
+            value = np.where(requirement.met(shown[:, BOUNDARIES.index(requirement.label)], gold), value, -np.inf)
+        best = float(value.max())
+        if best == -np.inf:
+            return [best, 0.0, 0.0]
+        ties = np.flatnonzero(_alike(value, best))
+        starts = np.flatnonzero(np.concatenate(([True], np.diff(ties) > 1)))
+        ends = np.append(starts[1:], len(ties)) - 1
+        low, high = lows[ties[starts]], highs[ties[ends]]
+        widest = int((high - np.maximum(low, 0)).argmax())
+        return [best, float(low[widest]), float(high[widest])]
+
+    said = pieces.each(step)
+    best = max(value for value, *_ in said)
+    if best == -np.inf:
+        return None
+    _, low, high = max((s for s in said if _alike(np.array(s[0]), best)), key=lambda s: s[2] - max(s[1], 0))
+    return [low] * 3, [high] * 3
+
+
+def _alike(values: Floats, best: float) -> NDArray[np.bool_]:
+    return np.asarray(values >= best - _ALIKE * abs(best))
+
+
+def _boundaries(
+    pieces: Pieces, objective: Objective, requirements: tuple[Requirement, ...], cuts: int
+) -> Intervals | None:
+    if objective.name == "macro_f1":
+        return _macro_f1(pieces, requirements, cuts)
+    if objective.name != "kappa":
+        return _ordered(pieces, objective.worth(), requirements)
+    # 1 - kappa = off / chance, both sums of worths: the least ratio r has min(off - r chance) = 0 (Dinkelbach 1967).
+    chance = pieces.gold @ measures.QUADRATIC / pieces.gold.sum()
+    ratio, found = 0.0, None
+    while True:
+        better = _ordered(pieces, ratio * chance - measures.QUADRATIC, requirements)
+        if better is None:
+            return None
+        confusion = _settled(pieces, objective, *better).confusion
+        off, by_chance = float((confusion * measures.QUADRATIC).sum()), float(confusion.sum(0) @ chance)
+        if found is not None and off >= ratio * by_chance * (1 - 1e-12):
+            return found
+        if off <= _ALIKE * pieces.gold.sum():
+            return better
+        found, ratio = better, off / by_chance
+
+
+def _ordered(pieces: Pieces, worth: Floats, requirements: tuple[Requirement, ...]) -> Intervals | None:
+    """The best τ4 ≥ τ3 ≥ τ2 where each boundary adds its own worth: one scan by ascending value.
+
+    A piece says, for each run of boundaries (2, 2..3, 2..4, 3, 3..4, 4), the most that they add if they are cut in it.
+    """
+    gold = pieces.gold
+    gain = worth[:, :3] - worth[:, 1:]  # [label, boundary]: tier k instead of k - 1
+
+    def step(piece: Piece) -> list[float]:
+        lows, highs, shown = piece.merged()
+        added = []
+        for b in (2, 1, 0):  # ascending boundaries 2, 3, 4
+            value = shown[:, b] @ gain[:, b]
+            for requirement in requirements:
+                if BOUNDARIES[b] == requirement.label:
+                    value = np.where(requirement.met(shown[:, b], gold), value, -np.inf)
+            added.append(value)
+        runs = [_runs(value, lows, highs) for value in added]
+        said: list[float] = []
+        for first in range(3):
+            so_far, reached = np.zeros(len(highs)), []
+            for last in range(first, 3):
+                value = added[last] + so_far
+                reached.append(value)
+                said += _traced(reached, runs[first : last + 1], first)
+                so_far = np.maximum.accumulate(value)
+        return said
+
+    names = [(first, last) for first in range(3) for last in range(first, 3)]
+    states: list[tuple[float, list[float], list[float]] | None] = [(0.0, [], []), None, None, None]
+    for said in pieces.each(step):
+        after = list(states)
+        for at, (first, last) in enumerate(names):
+            before, (value, *ends) = states[first], said[7 * at : 7 * at + 7]
+            if before is None or value == -np.inf:
+                continue
+            total, known = before[0] + value, after[last + 1]
+            if known is None or total > known[0]:
+                count = last + 1 - first
+                after[last + 1] = (total, before[1] + ends[:count], before[2] + ends[3 : 3 + count])
+        states = after
+    if states[3] is None:
+        return None
+    _, lows, highs = states[3]
+    return lows[::-1], highs[::-1]
+
+
+def _runs(value: Floats, lows: Floats, highs: Floats) -> tuple[Floats, Floats]:
+    """For each cut the interval around it in which one boundary adds the same."""
+    with np.errstate(invalid="ignore"):
+        near = np.abs(np.diff(value)) <= _ALIKE * np.abs(value[1:])
+    same = (value[1:] == value[:-1]) | (near & np.isfinite(value[1:]))
+    starts = np.flatnonzero(np.concatenate(([True], ~same)))
+    ends = np.append(starts[1:], len(value)) - 1
+    of = np.cumsum(np.concatenate(([True], ~same))) - 1
+    return lows[starts][of], highs[ends][of]
+
+
+def _traced(reached: list[Floats], runs: list[tuple[Floats, Floats]], first: int) -> list[float]:
+    """The most that is reached, and lows (3) and highs (3) of the boundaries' intervals, the widest of those alike."""
+    best = float(reached[-1].max())
+    lows, highs = [0.0] * 3, [0.0] * 3
+    if best == -np.inf:
+        return [best, *lows, *highs]
+    limit = len(reached[-1])
+    for i in range(len(reached) - 1, -1, -1):
+        value = reached[i][:limit]
+        ties = np.flatnonzero(_alike(value, float(value.max())))
+        at = int(ties[(runs[i][1][ties] - np.maximum(runs[i][0][ties], 0)).argmax()])
+        lows[i], highs[i] = float(runs[i][0][at]), float(runs[i][1][at])
+        limit = at + 1
+    return [best, *lows, *highs]
+
+
+Cells = tuple[Floats, Floats, Floats]  # of one boundary: lows [m], highs [m], shown [m, label]
+
+
+def _macro_f1(pieces: Pieces, requirements: tuple[Requirement, ...], cuts: int) -> Intervals | None:
+    """The best τ4 ≥ τ3 ≥ τ2 for macro-F1: exact where all cuts are few enough.
+
+    Else the best of a grid of them, of a grid between its neighbours, and so on, and then each τ in turn over all cuts.
+    """
+    gold, count = pieces.gold, len(pieces.each(lambda piece: [0.0]))
+    windows = [(-1.0, 1.0)] * 3
+    best: tuple[float, list[Floats]] | None = None
+    for _ in range(_ZOOMS):
+        tables, whole = _cells(pieces, requirements, windows, cuts, count)
+        chosen = _chained([(t[:, 0], t[:, 1], t[:, 2:]) for t in tables], gold) if all(map(len, tables)) else None
+        if chosen is None:
+            break
+        now = [table[i] for table, i in zip(tables, chosen, strict=True)]
+        value = float(measures.macro_f1(_confusion(np.stack([c[2:] for c in now]), gold)))
+        if best is None or value > best[0]:
+            best = value, now
+        if whole:
+            break
+        windows = [
+            (float(t[max(0, i - 2), 0]), float(t[min(len(t) - 1, i + 2), 1]))
+            for t, i in zip(tables, chosen, strict=True)
+        ]
+    if best is None:
+        return None
+    return _climbed(pieces, requirements, *best)
+
+
+def _cells(
+    pieces: Pieces, requirements: tuple[Requirement, ...], windows: list[tuple[float, float]], cuts: int, count: int
+) -> tuple[list[Floats], bool]:
+    """Cells [m, low high and shown by label] of each boundary within its window, thinned out where they are many."""
+    gold = pieces.gold
+
+    def step(piece: Piece) -> list[float]:
+        said: list[float] = []
+        for b, (least, most) in enumerate(windows):
+            highs, shown = piece.uppers[b], piece.above[b]
+            lows = np.concatenate(([piece.low], highs[:-1]))
+            kept = np.flatnonzero((lows >= least) & (highs <= most) & _met(requirements, b, shown, gold))
+            many = len(kept) > cuts // count
+            if many:
+                wanted = max(3, min(cuts, GRID_CUTS) // count)
+                kept = kept[np.unique(np.linspace(0, len(kept) - 1, wanted).round().astype(int))]
+            said += [float(many), float(len(kept)), *np.column_stack([lows, highs, shown])[kept].ravel().tolist()]
+        return said
+
+    found: list[list[Floats]] = [[], [], []]
+    whole = True
+    for said in pieces.each(step):
+        for b in range(3):
+            size = int(said[1])
+            whole &= not said[0]
+            found[b].append(np.array(said[2 : 2 + 6 * size]).reshape(-1, 6))
+            said = said[2 + 6 * size :]
+    return [np.concatenate(group) for group in found], whole
+
+
+def _met(requirements: tuple[Requirement, ...], b: int, shown: Floats, gold: Floats) -> NDArray[np.bool_]:
+    met = np.ones(len(shown), dtype=bool)
+    for requirement in requirements:
+        if requirement.label == BOUNDARIES[b]:
+            met &= requirement.met(shown, gold)
+    return met
+
+
+def _chained(cells: list[Cells], gold: Floats) -> tuple[int, int, int] | None:
+    """The best cell of each boundary 4, 3, 2 for macro-F1; None where the order leaves none.
+
+    F1 of 4 needs the cell of boundary 4; of 3 those of 4 and 3; of 2 those of 3 and 2; of 1 that of 2. So for each cell
+    of boundary 3 the best partners on either side are found alone, among those that the order allows. A label without
+    gold counts only where it is given: each set of such labels that shall not be given is tried.
+    """
+    (_, b4, _), (a3, b3, _), (a2, _, _) = cells
+    bounds = np.unique(np.concatenate([highs for _, highs, _ in cells]))
+    s = np.searchsorted(b3, bounds)
+    inside = s < len(b3)
+    inside[inside] &= a3[s[inside]] < bounds[inside]
+    s, bounds = s[inside], bounds[inside]
+    last2, first4 = np.searchsorted(a2, bounds) - 1, np.searchsorted(b4, bounds)
+    fits = (last2 >= 0) & (first4 < len(b4))
+    s, last2, first4 = s[fits], last2[fits], first4[fits]
+    if not len(s):
+        return None
+    absent = [y for y in range(4) if gold[y] <= 0]
+    best, found = -np.inf, None
+    for size in range(len(absent) + 1):
+        for banned in combinations(absent, size):
+            value, chosen = _partners(cells, gold, banned, s, last2, first4)
+            if size < 4 and value / (4 - size) > best * (1 + _ALIKE):
+                best, found = value / (4 - size), chosen
+    return found
+
+
+def _partners(
+    cells: list[Cells],
+    gold: Floats,
+    banned: tuple[int, ...],
+    s: NDArray[np.int64],
+    last2: NDArray[np.int64],
+    first4: NDArray[np.int64],
+) -> tuple[float, tuple[int, int, int]]:
+    """The largest sum of F1 over combinations where boundary 3 is at s, 2 at or below last2, 4 at or above first4."""
+    shown4, shown3, shown2 = (shown for _, _, shown in cells)
+    total = gold.sum()
+
+    def part(y: int, right: Floats, given: Floats) -> Floats:
+        given = np.where(given > measures._NONE * total, given, 0.0)
+        value = 2 * np.maximum(right, 0) / np.maximum(given + gold[y], 1e-300)
+        return np.where(given > 0, -np.inf, 0.0) if y in banned else value
+
+    all4, all3, all2 = shown4.sum(1), shown3.sum(1), shown2.sum(1)
+    alone4 = part(0, shown4[:, 0], all4)
+    alone1 = part(3, gold[3] - shown2[:, 3], total - all2)
+
+    def above(at: NDArray[np.int64]) -> Floats:
+        return part(1, shown3[at, None, 1] - shown4[None, :, 1], all3[at, None] - all4[None, :]) + alone4
+
+    def below(at: NDArray[np.int64]) -> Floats:
+        return part(2, shown2[None, :, 2] - shown3[at, None, 2], all2[None, :] - all3[at, None]) + alone1
+
+    best, best_at = -np.inf, 0
+    rows = max(1, 2**21 // max(len(all4), len(all2)))
+    for begin in range(0, len(all3), rows):
+        here = np.arange(begin, min(begin + rows, len(all3)))
+        at = np.flatnonzero((s >= begin) & (s < begin + rows))
+        if not len(at):
+            continue
+        up = np.maximum.accumulate(above(here)[:, ::-1], axis=1)[:, ::-1]
+        down = np.maximum.accumulate(below(here), axis=1)
+        value = up[s[at] - begin, first4[at]] + down[s[at] - begin, last2[at]]
+        if value.max() > best:
+            best, best_at = float(value.max()), int(at[value.argmax()])
+    here = s[best_at : best_at + 1]
+    i4 = int(first4[best_at] + above(here)[0, first4[best_at] :].argmax())
+    i2 = int(below(here)[0, : last2[best_at] + 1].argmax())
+    return best, (i4, int(here[0]), i2)
+
+
+def _climbed(pieces: Pieces, requirements: tuple[Requirement, ...], value: float, now: list[Floats]) -> Intervals:
+    """From cells of boundaries 4, 3, 2 to better ones, each boundary in turn over all cuts, until none is better."""
+    gold = pieces.gold
+    at, idle = 0, 0
+    while idle < 3:
+        b = at % 3
+        least = max([-1.0, *(float(c[0]) for c in now[b + 1 :])])
+        most = min([1.0, *(float(c[1]) for c in now[:b])])
+        others = [c[2:] for c in now]
+
+        def step(
+            piece: Piece, b: int = b, least: float = least, most: float = most, others: list[Floats] = others
+        ) -> list[float]:
+            highs, shown = piece.uppers[b], piece.above[b]
+            lows = np.concatenate(([piece.low], highs[:-1]))
+            fits = (np.maximum(lows, least) < np.minimum(highs, most)) & _met(requirements, b, shown, gold)
+            kept = np.flatnonzero(fits)
+            if not len(kept):
+                return []
+            each = np.stack(
+                [shown[kept] if i == b else np.broadcast_to(others[i], (len(kept), 4)) for i in range(3)], axis=1
+            )
+            found = measures.macro_f1(_confusion(each, gold))
+            i = int(found.argmax())
+            return [float(found[i]), float(lows[kept[i]]), float(highs[kept[i]]), *shown[kept[i]].tolist()]
+
+        said = [x for x in pieces.each(step) if x]
+        best = max(said, key=lambda x: x[0]) if said else [-np.inf]
+        if best[0] > value + 1e-12:
+            value, now[b], idle = best[0], np.array(best[1:]), 0
+        else:
+            idle += 1
+        at += 1
+    return [float(c[0]) for c in now], [float(c[1]) for c in now]
