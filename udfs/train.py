@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DATA = "data.parquet"  # in the out folder: the rows of the stage
 LOG = "log.jsonl"  # one line a logged step
 TOLD_SECONDS = 20.0  # between two lines that people read
+CHOSEN_NLL = 0.2  # weight of the chosen answers' own likelihood in DPO's loss
 REFILLS = 8  # draws for a batch of groups with spread before groups without any are taken
 PLAN = "plan.json"  # settings and rows that the checkpoints belong to
 
@@ -217,6 +218,8 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
     class Trainer(SFTTrainer):
         """SFT on forests; only the positions that foretell an answer's token meet the vocabulary, a fifth of them."""
 
+        loss_is_scaled_for_ga = False  # a mean of its sequence; the trainer divides by `accumulate`
+
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
@@ -249,7 +252,6 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
         processing_class=_tokenizer(settings.base),
         callbacks=[_log(settings)],
     )
-    trainer.model_accepts_loss_kwargs = False  # our loss is a mean already; the trainer divides by `accumulate`
     return _run(trainer, settings)
 
 
@@ -259,26 +261,52 @@ def dpo(settings: TrainSettings, data: Sequence[dict[str, Any]]) -> dict[str, fl
     `data`: prompt, chosen and rejected, as token ids. The reference is the parent as it was. The chosen answers' own
     likelihood stays in the loss with a small weight: DPO alone may lower both, the rejected one faster.
     """
+    import torch
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer.utils import use_adapter
 
     class Trainer(DPOTrainer):
-        """DPO on token ids: what a field's text may become was decided where it was tokenised."""
+        """DPO on token ids, where the two answers share their prompt and they alone meet the vocabulary."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    columns = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
+        def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
+            """Rafailov et al. 2023 (arXiv 2305.18290), equation 7."""
+            groups = [(row["prompt"], [row["chosen"], row["rejected"]]) for row in inputs["rows"]]
+            policy_logps = [own for own, _ in logprobs(model, groups, 1.0)]
+            with torch.no_grad():
+                if settings.full:
+                    reference = logprobs(self.ref_model, groups, 1.0)
+                else:
+                    adapted = self.accelerator.unwrap_model(model)
+                    with use_adapter(adapted, "ref" if "ref" in adapted.peft_config else None):
+                        reference = logprobs(model, groups, 1.0)
+            gains = torch.stack(
+                [own.sum() - other.sum() for own, (other, _) in zip(policy_logps, reference, strict=True)]
+            )
+            chosen, rejected = settings.beta * gains[0::2], settings.beta * gains[1::2]
+            nll = -torch.cat(policy_logps[0::2]).mean()
+            told = self._metrics["train"]
+            told["rewards/chosen"].append(chosen.mean().item())
+            told["rewards/rejected"].append(rejected.mean().item())
+            told["rewards/margins"].append((chosen - rejected).mean().item())
+            told["rewards/accuracies"].append((chosen > rejected).float().mean().item())
+            told["nll"].append(nll.item())
+            return -torch.nn.functional.logsigmoid(chosen - rejected).mean() + CHOSEN_NLL * nll
+
     trainer = Trainer(
         model=policy(settings),
         args=DPOConfig(
             **_arguments(settings) | {"per_device_train_batch_size": 4},
             beta=settings.beta,
-            loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, 0.2],
             max_length=None,
         ),
-        train_dataset=Dataset.from_list([{name: row[of] for name, of in columns.items()} for row in data]),
+        train_dataset=Dataset.from_list(
+            [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in data]
+        ),
+        data_collator=lambda rows: {"rows": rows},
         processing_class=_tokenizer(settings.base),
         callbacks=[_log(settings)],
     )
