@@ -20,15 +20,20 @@ step() {
 
 mkdir -p "$data"
 rm -rf "$tables"
-step "model: SmolLM2-135M-Instruct as an ordinary model folder (not tuned yet)" $python -m demo.model
+some="SELECT pair_id FROM gold WHERE split = 'test' ORDER BY xxhash64(pair_id) LIMIT 12"
+step "model: SmolLM2-135M-Instruct as an ordinary model folder" $python -m demo.model
 step "catalogue: products, queries, labels, reasoning" $python -m demo.catalogue --out "$data"
-step "ingest: pairs and judgements into Delta" ./spark-submit.sh ingest --tables $tables --pairs $data/pairs.jsonl
-step "rescore: label probabilities for every pair" ./spark-submit.sh rescore --tables $tables --model demo
-step "sql: what an analyst sees" ./spark-submit.sh sql --tables $tables --width 36 "
-    SELECT query, title AS product, label AS human, round(p_excellent, 3) AS p_excellent, round(p_related, 3) AS p_related,
-        round(p_mismatch, 3) AS p_mismatch, round(p_irrelevant, 3) AS p_irrelevant, round(p_outside, 3) AS p_outside
-    FROM pairs JOIN label_probs USING (pair_id, query, product_id, locale) JOIN gold USING (pair_id)
-    WHERE split = 'test' ORDER BY xxhash64(pair_id) LIMIT 16"
+step "ingest: pairs and judgements into Delta" ./spark-submit.sh ingest --tables $tables --pairs $data/pairs.jsonl --source demo
+step "rescore: label probabilities for every pair, by the tuned model" ./spark-submit.sh rescore --tables $tables --model demo
+step "fit_thresholds: cuts from judgements that the model has not seen" ./spark-submit.sh fit_thresholds --tables $tables
+step "promote_thresholds: into force" ./spark-submit.sh promote_thresholds --tables $tables --version 1 --reason "the demo's first"
+step "publish: tiers for the index" ./spark-submit.sh publish --tables $tables
+step "explain: the reasoning behind some labels" ./spark-submit.sh explain --tables $tables --model demo --pairs "$some"
+step "sql: what an analyst sees, on queries that the model has not seen" ./spark-submit.sh sql --tables $tables --width 60 "
+    SELECT labels.query, title AS product, g.label AS human, labels.tier, round(p_excellent, 2) AS p4, round(p_related, 2) AS p3,
+        round(p_mismatch, 2) AS p2, round(p_irrelevant, 2) AS p1, chain
+    FROM labels JOIN pairs USING (pair_id) JOIN gold g USING (pair_id) JOIN explanations USING (pair_id)
+    ORDER BY xxhash64(pair_id)"
 
 echo
 echo "Each step took:"
