@@ -1,9 +1,9 @@
 """What each stage of training brought, on queries that no stage has seen: one table, with intervals by query.
 
-    python -m bench.stages --tables T --models demo-base DIR/sft DIR/dpo DIR/grpo [--split test]
+    python -m bench.stages --tables T --models demo-base DIR/sft DIR/dpo DIR/grpo [--split test] [--sampled PAIRS]
 
-Each model scores the pairs (`rescore`) and answers those of the split eight times (`sample`) where it has not done so
-yet; then all figures are read off the tables. Labels are arg-max of the scores; pass@k is the unbiased estimate over
+Each model scores the pairs (`rescore`) and answers those of the split eight times (`sample`; with --sampled so many of
+them, the same for all models) where it has not done so yet; then all figures are read off the tables. Labels are arg-max of the scores; pass@k is the unbiased estimate over
 the samples; intervals are 95 % percentiles over 1,000 resamples of whole queries, since pairs of a query are not
 independent. Uniform guessing reaches pass@1 0.250 and pass@4 0.684.
 """
@@ -38,15 +38,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tables", required=True, type=delta.root)
     parser.add_argument("--models", required=True, nargs="+", help="demo-base, folders or adapters, in order")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
+    parser.add_argument("--sampled", type=int, metavar="PAIRS", help="sample so many pairs only, always the same")
     args = parser.parse_args(argv)
+    limit = ["--limit", str(args.sampled)] if args.sampled else []
     for model in args.models:
         spoken(["rescore", "--tables", args.tables, "--model", model])
-        spoken(["sample", "--tables", args.tables, "--model", model, "--split", args.split, "--n", str(N)])
+        spoken(["sample", "--tables", args.tables, "--model", model, "--split", args.split, "--n", str(N), *limit])
     spark = delta.session("stages")
     measured = {}
     for model in args.models:
         found = rescore.model_folder(model) or rescore.registered_folder(spark, args.tables, model)
         measured[Path(model).name] = read(spark, args.tables, inspect(found[0]).model_id, args.split)
+    # Compare on what all of them scored and answered.
+    common = np.logical_and.reduce([rows["n"] > 0 for rows in measured.values()])
+    for rows in measured.values():
+        rows["n"] = np.where(common, rows["n"], 0)
+        for name in ("right", "right_with_chain", "agrees"):
+            rows[name] = np.where(common, rows[name], 0)
     print(overall(measured))
     print()
     print(by_kind(measured))
@@ -59,7 +67,9 @@ def spoken(command: list[str]) -> None:
 
 
 def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str, np.ndarray]:
-    """Columns of equal length, a row a judged pair: query, gold, p [n, 4], and of its answers how many are right."""
+    """Columns of equal length, a row a judged pair: query, gold, p [n, 4], and of its answers how many are right (all
+    counts are 0 where it was not sampled).
+    """
     kinds = demo.catalogue.query_kinds()
     gold = (
         delta.read(spark, root, "gold").where(F.col("split") == split).select("pair_id", F.col("label").alias("gold"))
@@ -80,11 +90,11 @@ def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str,
             F.sum("tokens").alias("tokens"),
         )
     )
-    rows = gold.join(scores, "pair_id", how="inner").join(answers, "pair_id", how="inner").orderBy("pair_id").collect()
+    rows = gold.join(scores, "pair_id", how="inner").join(answers, "pair_id", how="left").orderBy("pair_id").collect()
     if not rows:
         raise ValueError(f"model {model_id} has no scored and sampled pair of the split {split}")
     columns = {
-        name: np.array([row[name] for row in rows])
+        name: np.array([row[name] or 0 for row in rows])
         for name in ("query", "gold", "n", "right", "right_with_chain", "agrees")
     }
     return columns | {
@@ -112,7 +122,8 @@ def accuracy(rows: Columns) -> float:
 
 def pass_at(rows: Columns, k: int, column: str = "right") -> float:
     """Unbiased pass@k: 1 − C(n−c, k) / C(n, k), averaged over pairs (Chen et al. 2021, arXiv 2107.03374)."""
-    n, c = rows["n"].astype(float), rows[column].astype(float)
+    sampled = rows["n"] > 0
+    n, c = rows["n"][sampled].astype(float), rows[column][sampled].astype(float)
     fails = np.ones(len(n))
     for j in range(k):
         fails *= np.clip(n - c - j, 0, None) / (n - j)
@@ -163,7 +174,8 @@ def overall(measured: dict[str, Columns]) -> str:
             cells.append(f"{measure(rows):.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     any_rows = next(iter(measured.values()))
-    lines.append(f"\n{len(any_rows['gold']):,} pairs of {len(np.unique(any_rows['query'])):,} queries")
+    pairs, queries, sampled = len(any_rows["gold"]), len(np.unique(any_rows["query"])), int((any_rows["n"] > 0).sum())
+    lines.append(f"\n{pairs:,} pairs of {queries:,} queries; {sampled:,} of them were answered {N} times for pass@k")
     return "\n".join(lines)
 
 

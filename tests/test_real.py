@@ -17,6 +17,7 @@ from tests.test_on_cluster import a_file_of_pairs, submit, table
 ICECAT = SHARED / "data" / "icecat-electronics" / "canonical.jsonl.gz"
 
 
+@pytest.mark.slow
 def test_files_become_probabilities_through_the_real_engine(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     root = tmp_path / "tables"
