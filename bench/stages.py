@@ -3,9 +3,10 @@
     python -m bench.stages --tables T --models demo-base DIR/sft DIR/dpo DIR/grpo [--split test] [--sampled PAIRS]
 
 Each model scores the pairs (`rescore`) and answers those of the split eight times (`sample`; with --sampled so many of
-them, the same for all models) where it has not done so yet; then all figures are read off the tables. Labels are arg-max of the scores; pass@k is the unbiased estimate over
-the samples; intervals are 95 % percentiles over 1,000 resamples of whole queries, since pairs of a query are not
-independent. Uniform guessing reaches pass@1 0.250 and pass@4 0.684.
+them, the same for all models) where it has not done so yet; then all figures are read off the tables. Labels are
+arg-max of the scores; pass@k is the unbiased estimate over the samples; intervals are 95 % percentiles over 1,000
+resamples of whole queries, since pairs of a query are not independent. Uniform guessing reaches pass@1 0.250 and
+pass@4 0.684.
 """
 
 from __future__ import annotations
