@@ -237,8 +237,8 @@ class Waves:
         self.spark, self.root, self.what, self.run = spark, root, what, run
         self.settings_hash = what.settings.hash
         self._engines: set[str] = set()
-        self._rate = 0.0  # tokens per second and engine, as last measured
-        self._outside = 0.0  # sum of p_outside over scored rows
+        self._rate = 0.0  # tokens of work (of the line) per second and engine, as last measured
+        self._outside: float | None = None  # sum of p_outside over scored rows
         self._told = time.monotonic()  # when the run's row was last written
 
     def ask(self, rows: DataFrame) -> DataFrame:
@@ -331,6 +331,8 @@ class Waves:
             return 0
         self.write(answered, wave_id)
         self._tally(figures)
+        if figures["seconds"]:
+            self._rate = (end - begin) / figures["seconds"]
         delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
         return int(figures["rows"])
 
@@ -355,20 +357,20 @@ class Waves:
         """Adds a written wave to the run's row, and writes it now and then: a killed run shows how far it came."""
         rows, done = int(figures["rows"]), int(figures["done"])
         self._count(**{self.done: done}, refused=rows - done)
-        computed, seconds = int(figures["computed"] or 0), float(figures["seconds"])
-        self._add(computed_tokens=computed, tokens_cut=int(figures["cut"]), waves=1)
-        if figures["generated"] is not None:
-            self._add(generated_tokens=int(figures["generated"]))
+        seconds = float(figures["seconds"])
+        self._add(tokens_cut=int(figures["cut"]), waves=1)
+        for name in ("computed", "generated"):
+            if figures[name] is not None:
+                self._add(**{f"{name}_tokens": int(figures[name])})
         self._engines |= set(figures["engines"])
-        self._outside += float(figures["outside"] or 0.0)
-        if computed and seconds:
-            self._rate = computed / seconds
+        if figures["outside"] is not None:
+            self._outside = (self._outside or 0.0) + float(figures["outside"])
         all_done = self.run.counts[self.done]
         self.run = replace(
             self.run,
             engine_seconds=(self.run.engine_seconds or 0.0) + seconds,
             engine_loads=len(self._engines),
-            p_outside=self._outside / all_done if all_done and figures["outside"] is not None else None,
+            p_outside=self._outside / all_done if all_done and self._outside is not None else None,
             dtype=str(figures["dtype"]),
             engine_version=str(figures["version"]),
             settings_hash=self.settings_hash,

@@ -58,7 +58,9 @@ class FakeEngine:
                 continue
             self.busy_seconds += 0.01 * sampling.n
             seed = sampling.seed_of(prompt)
-            yield Samples(index, tuple(written(prompt, seed + i)[: sampling.max_tokens] for i in range(sampling.n)), 0)
+            yield Samples(
+                index, tuple(written(prompt, seed + i)[: sampling.max_tokens] for i in range(sampling.n)), None
+            )
             index += 1
 
     def forget(self) -> None:

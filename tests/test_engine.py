@@ -141,7 +141,7 @@ end = eight[0].ids[0][3]
 ended = ask(Sampling(16, (end,), n=8, seed=5))
 cut = [ids[: ids.index(end) + 1] if end in ids else ids for i in sorted(eight) for ids in eight[i].ids]
 print("ended", sum(a == b for a, b in zip(cut, [ids for i in sorted(ended) for ids in ended[i].ids])), len(cut))
-print("cached", min(a.cached for a in eight.values()))
+print("cached", min(a.cached for a in ask(Sampling(1, ())).values()))
 part = engine.samples(iter(prompts), Sampling(50, (), n=8, seed=1))
 next(part)
 part.close()

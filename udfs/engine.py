@@ -96,12 +96,12 @@ class Sampling:
 class Samples:
     """What the engine wrote after prompt number `index`: token ids of each sample, in the order of their seeds.
 
-    cached: prompt tokens that came from the prefix cache, of one of the samples.
+    cached: prompt tokens that came from the prefix cache; None for several samples, of which vLLM tells one's only.
     """
 
     index: int
     ids: tuple[tuple[int, ...], ...]
-    cached: int
+    cached: int | None
 
 
 class Engine(Protocol):
@@ -253,7 +253,7 @@ class VllmEngine:
         ahead = ahead or max(1, 2 * self.settings.max_num_seqs // sampling.n)
         for index, output in self._outputs(prompts, parameters, ahead):
             ids = tuple(tuple(one.token_ids) for one in sorted(output.outputs, key=lambda one: one.index))
-            yield Samples(index, ids, output.num_cached_tokens or 0)
+            yield Samples(index, ids, (output.num_cached_tokens or 0) if sampling.n == 1 else None)
 
     def _outputs(
         self, prompts: Iterator[Sequence[int] | None], parameters: Callable[[Sequence[int]], Any], ahead: int

@@ -48,7 +48,7 @@ def sampler(
     `begun`: so many ids at a prompt's end are the beginning of its answer, such as a label that was chosen before.
     """
 
-    def ask(engine: Engine, prompts: Prompts) -> Iterator[tuple[int, Sampled, int]]:
+    def ask(engine: Engine, prompts: Prompts) -> Iterator[tuple[int, Sampled, int | None]]:
         beginnings: dict[int, Sequence[int]] = {}
 
         def noted() -> Prompts:

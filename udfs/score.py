@@ -34,7 +34,7 @@ def score_batches(engine: Engine, batches: Iterable[pa.RecordBatch], label_ids: 
 
 
 def _question(label_ids: Sequence[int]) -> Question[LabelProbs]:
-    def ask(engine: Engine, prompts: Prompts) -> Iterator[tuple[int, LabelProbs, int]]:
+    def ask(engine: Engine, prompts: Prompts) -> Iterator[tuple[int, LabelProbs, int | None]]:
         for answer in engine.answers(prompts, label_ids):
             yield answer.index, label_probs(answer.logprobs), answer.cached
 

@@ -39,12 +39,12 @@ _READ_AHEAD = 4  # batches; each is spark.sql.execution.arrow.maxRecordsPerBatch
 class Question(Generic[A]):
     """What is asked of the engine for each prompt.
 
-    ask: prompts to (prompt number, answer, cached tokens), in any order. room: tokens of an answer; a prompt that
-    leaves less in the model's context is answered with `too_long` and never reaches the engine. columns: the answers
-    of a batch as columns of `schema`.
+    ask: prompts to (prompt number, answer, cached tokens where known), in any order. room: tokens of an answer; a
+    prompt that leaves less in the model's context is answered with `too_long` and never reaches the engine. columns:
+    the answers of a batch as columns of `schema`.
     """
 
-    ask: Callable[[Engine, Prompts], Iterator[tuple[int, A, int]]]
+    ask: Callable[[Engine, Prompts], Iterator[tuple[int, A, int | None]]]
     room: int
     too_long: A
     columns: Callable[[list[A]], list[list[object]]]
@@ -116,7 +116,7 @@ class _Batch(Generic[A]):
         self._batch = batch
         self._ids = batch.column(batch.schema.get_field_index("ids"))
         self._answers: dict[int, A] = {}
-        self._cached = [0] * batch.num_rows
+        self._cached: list[int | None] = [None] * batch.num_rows
 
     @property
     def missing(self) -> int:
@@ -126,7 +126,7 @@ class _Batch(Generic[A]):
         for ids in self._ids:
             yield ids.values.to_numpy().tolist()
 
-    def answer(self, row: int, answer: A, cached: int) -> None:
+    def answer(self, row: int, answer: A, cached: int | None) -> None:
         if row in self._answers:
             raise RuntimeError("the engine answered one prompt twice")
         self._answers[row] = answer
