@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,7 +32,7 @@ def pair(i: int, query: str, category: str | None = None, **more: Any) -> dict[s
 
 
 def scored(i: int, query: str, p: Sequence[float] | None, **more: Any) -> dict[str, Any]:
-    row = {
+    row: dict[str, Any] = {
         "pair_id": pair_key(i), "model_id": MODEL, "prompt_id": PROMPT, "query": query, "product_id": f"p {i}",
         "locale": "en", "outcome": "scored" if p is not None else "too_long", "content_hash": "c1",
         "pairs_version": 1, "wave_id": "w", "prompt_tokens": 9, "tokens_cut": 0, "run_id": "r0", "scored_at": NOW,
@@ -57,7 +57,7 @@ def run(run_id: str = "r0", dtype: str = "float32", engine: str = "fake 1") -> d
 
 def cuts(
     version: int,
-    taus: dict[str, Sequence[float]],
+    taus: Mapping[str, Sequence[float]],
     status: str = "candidate",
     segment_by: str | None = None,
     temperature: float = 1.0,
