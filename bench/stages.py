@@ -4,9 +4,10 @@
 
 Each model scores the pairs (`rescore`) and answers those of the split eight times (`sample`; with --sampled so many of
 them, the same for all models) where it has not done so yet; then all figures are read off the tables. Labels are
-arg-max of the scores; pass@k is the unbiased estimate over the samples; intervals are 95 % percentiles over 1,000
-resamples of whole queries, since pairs of a query are not independent. Uniform guessing reaches pass@1 0.250 and
-pass@4 0.684.
+arg-max of the scores. With the label first, pass@1 at temperature 1 is p(gold), read off the scores; beside it stands
+the unbiased estimate over the samples, which also tells how often label and chain are both right. Intervals are 95 %
+percentiles over 1,000 resamples of whole queries, since pairs of a query are not independent. Uniform guessing reaches
+pass@1 0.250 and pass@4 0.684.
 """
 
 from __future__ import annotations
@@ -39,23 +40,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tables", required=True, type=delta.root)
     parser.add_argument("--models", required=True, nargs="+", help="demo-base, folders or adapters, in order")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
-    parser.add_argument("--sampled", type=int, metavar="PAIRS", help="sample so many pairs only, always the same")
+    parser.add_argument("--sampled", type=int, metavar="PAIRS", help="sample so many pairs, always the same; 0: none")
     args = parser.parse_args(argv)
     limit = ["--limit", str(args.sampled)] if args.sampled else []
     for model in args.models:
         spoken(["rescore", "--tables", args.tables, "--model", model])
+        if args.sampled == 0:
+            continue
         spoken(["sample", "--tables", args.tables, "--model", model, "--split", args.split, "--n", str(N), *limit])
     spark = delta.session("stages")
     measured = {}
     for model in args.models:
         found = rescore.model_folder(model) or rescore.registered_folder(spark, args.tables, model)
         measured[Path(model).name] = read(spark, args.tables, inspect(found[0]).model_id, args.split)
-    # Compare on what all of them scored and answered.
-    common = np.logical_and.reduce([rows["n"] > 0 for rows in measured.values()])
-    for rows in measured.values():
-        rows["n"] = np.where(common, rows["n"], 0)
-        for name in ("right", "right_with_chain", "agrees"):
-            rows[name] = np.where(common, rows[name], 0)
     print(overall(measured))
     print()
     print(by_kind(measured))
@@ -98,8 +95,12 @@ def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str,
         name: np.array([row[name] or 0 for row in rows])
         for name in ("query", "gold", "n", "right", "right_with_chain", "agrees")
     }
+    p = np.array([[row[name] for name in P_COLUMNS] for row in rows])
+    inside = 1 - np.array([row["p_outside"] for row in rows])
     return columns | {
-        "p": np.array([[row[p] for p in P_COLUMNS] for row in rows]),
+        "p": p,
+        # The label is the first token, so at temperature 1 this is the chance that a sampled answer is right.
+        "p_gold": inside * p[np.arange(len(rows)), [LABELS.index(row["gold"]) for row in rows]],
         "kind": np.array([kinds.get(row["query"], "other") for row in rows]),
     }
 
@@ -124,6 +125,8 @@ def accuracy(rows: Columns) -> float:
 def pass_at(rows: Columns, k: int, column: str = "right") -> float:
     """Unbiased pass@k: 1 − C(n−c, k) / C(n, k), averaged over pairs (Chen et al. 2021, arXiv 2107.03374)."""
     sampled = rows["n"] > 0
+    if not sampled.any():
+        return float("nan")
     n, c = rows["n"][sampled].astype(float), rows[column][sampled].astype(float)
     fails = np.ones(len(n))
     for j in range(k):
@@ -143,11 +146,13 @@ MEASURES: dict[str, Callable[[Columns], float]] = {
     "macro-F1": lambda rows: float(np.nanmean(f1(rows))),
     **{f"F1 {NAMES[label]}": lambda rows, i=i: float(f1(rows)[i]) for i, label in enumerate(LABELS)},  # type: ignore[misc]
     "accuracy": accuracy,
-    "pass@1": lambda rows: pass_at(rows, 1),
-    "pass@4": lambda rows: pass_at(rows, 4),
+    "pass@1": lambda rows: float(rows["p_gold"].mean()),
+    "pass@4": lambda rows: float((1 - (1 - rows["p_gold"]) ** 4).mean()),
+    "pass@1, sampled": lambda rows: pass_at(rows, 1),
+    "pass@4, sampled": lambda rows: pass_at(rows, 4),
     "pass@1 with chain": lambda rows: pass_at(rows, 1, "right_with_chain"),
     "pass@4 with chain": lambda rows: pass_at(rows, 4, "right_with_chain"),
-    "chain agrees": lambda rows: float(rows["agrees"].sum() / rows["n"].sum()),
+    "chain agrees": lambda rows: float(rows["agrees"].sum() / rows["n"].sum()) if rows["n"].any() else float("nan"),
     "ECE": ece,
 }
 
@@ -171,12 +176,14 @@ def overall(measured: dict[str, Columns]) -> str:
     for name, measure in MEASURES.items():
         cells = []
         for rows in measured.values():
+            if np.isnan(found := measure(rows)):
+                cells.append("–")  # nothing was sampled
+                continue
             low, high = interval(rows, measure)
-            cells.append(f"{measure(rows):.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(f"{found:.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    any_rows = next(iter(measured.values()))
-    pairs, queries, sampled = len(any_rows["gold"]), len(np.unique(any_rows["query"])), int((any_rows["n"] > 0).sum())
-    lines.append(f"\n{pairs:,} pairs of {queries:,} queries; {sampled:,} of them were answered {N} times for pass@k")
+    cells = [f"{(rows['n'] > 0).sum():,} of {len(rows['n']):,}" for rows in measured.values()]
+    lines.append("| pairs sampled | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

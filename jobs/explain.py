@@ -204,7 +204,7 @@ def told(spark: SparkSession, root: str, run: runs.Run, selected: DataFrame) -> 
     ]
     lines += [f"{JOB}:   {counts[r]:,} not explained: {sentence}" for r, sentence in REASONS.items() if r in counts]
     mine = delta.read(spark, root, "explanations").where(
-        (F.col("model_id") == run.model_id) & (F.col("prompt_id") == run.prompt_id)
+        (F.col("model_id") == F.lit(run.model_id)) & (F.col("prompt_id") == F.lit(run.prompt_id))
     )
     mine = mine.join(selected, "pair_id", how="left_semi").join(
         delta.read(spark, root, "pairs").select("pair_id", "query", "title"), "pair_id", how="inner"

@@ -121,7 +121,7 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
 def tier_counts(tiers: DataFrame) -> Section:
     """How many pairs are in each tier."""
     counts = {row["tier"]: row["count"] for row in tiers.groupBy("tier").count().collect()}
-    rows = [(NAMES[k] if k else "no tier", counts.get(k, 0)) for k in (*LABELS, None)]
+    rows = [("no tier" if k is None else NAMES[k], counts.get(k, 0)) for k in (*LABELS, None)]
     import altair as alt
 
     chart = alt.Chart(_data(["tier", "pairs"], rows)).mark_bar().encode(
@@ -394,7 +394,7 @@ def page(sections: Sequence[Section], of: Version, told: Any) -> str:
 
     minor = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     version = minor if minor in vl_convert.get_vegalite_versions() else None
-    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+    script = vl_convert.javascript_bundle(None, vl_version=version)  # type: ignore[arg-type]
     facts = {
         "status": told["status"], "rule": told["rule"], "segments": told["segment_by"] or "none",
         "objective": told["objective"], "value on the rows of the fit": f"{told['value']:.4f}",

@@ -357,11 +357,11 @@ def told(spark: SparkSession, root: str, run: runs.Run, chosen: DataFrame) -> li
         F.avg("tokens"),
         F.avg(F.when(F.col("entailed").isNotNull(), F.col("entailed").eqNullSafe(F.col("label")).cast("int"))),
     ).collect()[0]
-    form, agrees, right, finished, tokens, entailed = (float("nan") if x is None else float(x) for x in agreed)
+    formed, agrees, rightly, finished, tokens, entailed = (float("nan") if x is None else float(x) for x in agreed)
     return [
         head,
         *table,
-        f"{JOB}:   answers with a label {form:.3f}, finished {finished:.3f}, {tokens:.1f} tokens each · the chain "
-        f"concludes its label in {agrees:.3f} of those with a label, in {right:.3f} of the right ones"
+        f"{JOB}:   answers with a label {formed:.3f}, finished {finished:.3f}, {tokens:.1f} tokens each · the chain "
+        f"concludes its label in {agrees:.3f} of those with a label, in {rightly:.3f} of the right ones"
         + ("" if agreed[5] is None else f"; its findings alone lead there in {entailed:.3f}"),
     ]

@@ -75,8 +75,8 @@ def written(spark: SparkSession, empty_tables: object, tmp_path_factory: pytest.
         delta.append(spark, root, name, delta.rows(spark, name, [row]))
     judged.fill(spark, root, "thresholds", judged.cuts(1, {"": (0.7, 0.5, 0.3)}, "active", reason="a test"))
     tier = {"product_id": "k1", "locale": "en", "tier": 3, "tier_since_version": 1, "tier_since_model_id": "m"}
-    row = {"pair_id": judged.pair_key(1), "query": "kettle", **tier, "published_at": judged.NOW}
-    judged.fill(spark, root, "published_labels", [row])
+    told = {"pair_id": judged.pair_key(1), "query": "kettle", **tier, "published_at": judged.NOW}
+    judged.fill(spark, root, "published_labels", [told])
     figure = {"run_id": "r", "cuts": "one", "split": "test", "segment": "", "measure": "macro_f1", "value": 0.5, "n": 9}
     judged.fill(spark, root, "measures", [figure])
     return root

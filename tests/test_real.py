@@ -72,8 +72,8 @@ def test_a_real_engine_samples_explains_and_teaches_through_the_commands(tmp_pat
         assert row["label"] == 4 - p.index(max(p))
         assert 2 <= row["tokens"] <= 13
 
-    words = ("write_chains", "--tables", root, "--model", model, "--limit", "5", "--max-tokens", "12")
-    said = submit(*words, "--max-model-len", "1500")
+    asked = ("write_chains", "--tables", root, "--model", model, "--limit", "5", "--max-tokens", "12")
+    said = submit(*asked, "--max-model-len", "1500")
     assert "5 pairs, 0 were answered before, 5 asked" in said
     assert len(table(root, "chains")) == 5
     assert not list((root / "_scratch").glob("*"))

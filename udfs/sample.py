@@ -67,7 +67,8 @@ def sampler(
         tokens = [sum(int(str(one["tokens"])) for one in samples) for samples, _ in answers]
         return [[samples for samples, _ in answers], list(tokens), [outcome for _, outcome in answers]]
 
-    return answerer(settings, Question(ask, sampling.max_tokens, ([], "too_long"), columns, _ANSWER), load_engine)
+    too_long: Sampled = ([], "too_long")
+    return answerer(settings, Question(ask, sampling.max_tokens, too_long, columns, _ANSWER), load_engine)
 
 
 def questioner(form: Form, schema: pa.Schema) -> Callable[[Batches], Batches]:

@@ -85,7 +85,8 @@ def answered(engine: Engine, batches: Iterable[pa.RecordBatch], question: Questi
             if batch is None:
                 yield None
                 continue
-            waiting[number] = opened = _Batch(batch)
+            opened: _Batch[A] = _Batch(batch)
+            waiting[number] = opened
             for row, ids in enumerate(opened.prompts()):
                 # One over-long prompt would make the engine refuse the whole call.
                 if len(ids) + question.room > engine.max_model_len:
@@ -120,7 +121,7 @@ class _Batch(Generic[A]):
 
     @property
     def missing(self) -> int:
-        return self._batch.num_rows - len(self._answers)
+        return int(self._batch.num_rows) - len(self._answers)
 
     def prompts(self) -> Iterator[list[int]]:
         for ids in self._ids:

@@ -218,7 +218,7 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
     class Trainer(SFTTrainer):
         """SFT on forests; only the positions that foretell an answer's token meet the vocabulary, a fifth of them."""
 
-        loss_is_scaled_for_ga = False  # a mean of its sequence; the trainer divides by `accumulate`
+        loss_is_scaled_for_ga: Any = False  # a mean of its sequence; the trainer divides by `accumulate`
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
