@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
@@ -29,7 +30,7 @@ def tables(spark: SparkSession, root: str) -> None:
 def feed(root: str, since: int) -> list[tuple[str, str, int]]:
     """What the index team sees after a version: (kind, pair_id, tier), without Spark."""
     rows: Any = DeltaTable(f"{root}/published_labels").load_cdf(starting_version=since).read_all()
-    kept = [r for r in rows.to_pylist() if r["_change_type"] != "update_preimage"] if rows.num_rows else []
+    kept = [r for r in pa.table(rows).to_pylist() if r["_change_type"] != "update_preimage"]
     return sorted((r["_change_type"], r["pair_id"], r["tier"]) for r in kept)
 
 
