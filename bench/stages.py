@@ -25,6 +25,9 @@ from pyspark.sql import functions as F
 
 import demo.catalogue
 from jobs import rescore
+from jobs.sample import PASS_AT_K
+from partitioner import measures
+from partitioner.measures import Floats
 from schemas import delta
 from schemas.labels import LABELS, NAMES, P_COLUMNS
 from udfs.model import inspect
@@ -32,6 +35,8 @@ from udfs.model import inspect
 REPO = Path(__file__).resolve().parent.parent
 N = 8
 RESAMPLES = 1000
+BINS = 10  # of the calibration error
+PASSES = ("label 1", "label 4", "label and chain 1", "label and chain 4")  # what and k of PASS_AT_K
 
 
 def main(argv: list[str]) -> int:
@@ -65,8 +70,8 @@ def spoken(command: list[str]) -> None:
 
 
 def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str, np.ndarray]:
-    """Columns of equal length, a row a judged pair: query, gold, p [n, 4], and of its answers how many are right (all
-    counts are 0 where it was not sampled).
+    """Columns of equal length, a row a judged pair: query, gold, p [n, 4], and what its sampled answers came to (NaN
+    where it was not sampled).
     """
     kinds = demo.catalogue.query_kinds()
     gold = (
@@ -76,28 +81,21 @@ def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str,
         (F.col("model_id") == model_id) & (F.col("outcome") == "scored")
     )
     samples = delta.read(spark, root, "samples").where((F.col("model_id") == model_id) & (F.col("split") == split))
-    run = samples.agg(F.max("run_id")).collect()[0][0]
-    answers = (
-        samples.where(F.col("run_id") == run)
-        .groupBy("pair_id")
-        .agg(
-            F.count("*").alias("n"),
-            F.sum(F.col("correct").cast("int")).alias("right"),
-            F.sum((F.col("correct") & F.col("agrees") & F.col("finished")).cast("int")).alias("right_with_chain"),
-            F.sum(F.col("agrees").cast("int")).alias("agrees"),
-            F.sum("tokens").alias("tokens"),
-        )
-    )
+    samples = samples.where(F.col("run_id") == samples.agg(F.max("run_id")).collect()[0][0])
+    agrees = samples.groupBy("pair_id").agg(F.avg(F.col("agrees").cast("int")).alias("agrees"))
+    passes = spark.sql(PASS_AT_K.replace("FROM samples", "FROM {samples}"), samples=samples)
+    passes = passes.withColumn("way", F.concat("what", F.lit(" "), "k"))
+    way = passes.groupBy("pair_id").pivot("way", list(PASSES)).agg(F.first("pass"))
+    answers = way.join(agrees, "pair_id", how="inner")
     rows = gold.join(scores, "pair_id", how="inner").join(answers, "pair_id", how="left").orderBy("pair_id").collect()
     if not rows:
-        raise ValueError(f"model {model_id} has no scored and sampled pair of the split {split}")
-    columns = {
-        name: np.array([row[name] or 0 for row in rows])
-        for name in ("query", "gold", "n", "right", "right_with_chain", "agrees")
-    }
+        raise ValueError(f"model {model_id} has scored no pair of the split {split}")
     p = np.array([[row[name] for name in P_COLUMNS] for row in rows])
     inside = 1 - np.array([row["p_outside"] for row in rows])
-    return columns | {
+    return {
+        "query": np.array([row["query"] for row in rows]),
+        "gold": np.array([row["gold"] for row in rows]),
+        **{name: np.array([row[name] for row in rows], dtype=float) for name in ("agrees", *PASSES)},
         "p": p,
         # The label is the first token, so at temperature 1 this is the chance that a sampled answer is right.
         "p_gold": inside * p[np.arange(len(rows)), [LABELS.index(row["gold"]) for row in rows]],
@@ -108,51 +106,49 @@ def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str,
 Columns = dict[str, Any]
 
 
-def f1(rows: Columns) -> np.ndarray:
-    """F1 of labels 4, 3, 2, 1 by arg-max; NaN for a label that neither gold nor prediction holds."""
-    gold, said = rows["gold"], np.array(LABELS)[rows["p"].argmax(axis=1)]
-    hits = np.array([((gold == label) & (said == label)).sum() for label in LABELS])
-    either = np.array([(gold == label).sum() + (said == label).sum() for label in LABELS])
-    with np.errstate(invalid="ignore"):
-        return np.asarray(2 * hits / either)
+def confusion(rows: Columns) -> Floats:
+    """Confusion matrix [label, arg-max]."""
+    gold = (rows["gold"][:, None] == np.array(LABELS)).astype(np.float64)
+    return measures.confusions(gold, said(rows))
 
 
-def accuracy(rows: Columns) -> float:
-    """Share of pairs whose arg-max is the human label."""
-    return float((rows["gold"] == np.array(LABELS)[rows["p"].argmax(axis=1)]).mean())
+def said(rows: Columns) -> np.ndarray:
+    """The likeliest label of each pair."""
+    return np.asarray(np.array(LABELS)[rows["p"].argmax(axis=1)])
 
 
-def pass_at(rows: Columns, k: int, column: str = "right") -> float:
-    """Unbiased pass@k: 1 − C(n−c, k) / C(n, k), averaged over pairs (Chen et al. 2021, arXiv 2107.03374)."""
-    sampled = rows["n"] > 0
-    if not sampled.any():
-        return float("nan")
-    n, c = rows["n"][sampled].astype(float), rows[column][sampled].astype(float)
-    fails = np.ones(len(n))
-    for j in range(k):
-        fails *= np.clip(n - c - j, 0, None) / (n - j)
-    return float((1 - fails).mean())
+def ece(rows: Columns) -> float:
+    """Expected calibration error of the likeliest label."""
+    right = (rows["gold"] == said(rows)).astype(np.float64)
+    return measures.ece(measures.reliability(rows["p"].max(axis=1), right, np.ones(len(right)), BINS))
 
 
-def ece(rows: Columns, bins: int = 10) -> float:
-    """Expected calibration error of the arg-max: |confidence − accuracy| over ten bins of equal width, by weight."""
-    confidence, right = rows["p"].max(axis=1), rows["gold"] == np.array(LABELS)[rows["p"].argmax(axis=1)]
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(confidence[bin_of == b].mean() - right[bin_of == b].mean()) * (bin_of == b).mean() for b in set(bin_of)]
-    return float(sum(gaps))
+def f1(place: int) -> Callable[[Columns], float]:
+    """F1 of a label by its place in LABELS."""
+    return lambda rows: float(measures.f1(confusion(rows))[place])
+
+
+def mean(column: str) -> Callable[[Columns], float]:
+    """Mean of a column over the pairs that were sampled; NaN where none was."""
+
+    def found(rows: Columns) -> float:
+        there = rows[column][~np.isnan(rows[column])]
+        return float(there.mean()) if there.size else float("nan")
+
+    return found
 
 
 MEASURES: dict[str, Callable[[Columns], float]] = {
-    "macro-F1": lambda rows: float(np.nanmean(f1(rows))),
-    **{f"F1 {NAMES[label]}": lambda rows, i=i: float(f1(rows)[i]) for i, label in enumerate(LABELS)},  # type: ignore[misc]
-    "accuracy": accuracy,
-    "pass@1": lambda rows: float(rows["p_gold"].mean()),
+    "macro-F1": lambda rows: float(measures.macro_f1(confusion(rows))),
+    **{f"F1 {NAMES[label]}": f1(place) for place, label in enumerate(LABELS)},
+    "accuracy": lambda rows: float(measures.accuracy(confusion(rows))),
+    "pass@1": mean("p_gold"),
     "pass@4": lambda rows: float((1 - (1 - rows["p_gold"]) ** 4).mean()),
-    "pass@1, sampled": lambda rows: pass_at(rows, 1),
-    "pass@4, sampled": lambda rows: pass_at(rows, 4),
-    "pass@1 with chain": lambda rows: pass_at(rows, 1, "right_with_chain"),
-    "pass@4 with chain": lambda rows: pass_at(rows, 4, "right_with_chain"),
-    "chain agrees": lambda rows: float(rows["agrees"].sum() / rows["n"].sum()) if rows["n"].any() else float("nan"),
+    "pass@1, sampled": mean("label 1"),
+    "pass@4, sampled": mean("label 4"),
+    "pass@1 with chain": mean("label and chain 1"),
+    "pass@4 with chain": mean("label and chain 4"),
+    "chain agrees": mean("agrees"),
     "ECE": ece,
 }
 
@@ -166,8 +162,7 @@ def interval(rows: Columns, measure: Callable[[Columns], float], seed: int = 0) 
     for _ in range(RESAMPLES):
         chosen = np.concatenate([of_query[query] for query in generator.choice(queries, len(queries))])
         found.append(measure({name: column[chosen] for name, column in rows.items()}))
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    return float(low), float(high)
+    return measures.interval(np.array(found))
 
 
 def overall(measured: dict[str, Columns]) -> str:
@@ -182,7 +177,7 @@ def overall(measured: dict[str, Columns]) -> str:
             low, high = interval(rows, measure)
             cells.append(f"{found:.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    cells = [f"{(rows['n'] > 0).sum():,} of {len(rows['n']):,}" for rows in measured.values()]
+    cells = [f"{(~np.isnan(rows['agrees'])).sum():,} of {len(rows['gold']):,}" for rows in measured.values()]
     lines.append("| pairs sampled | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -195,7 +190,7 @@ def by_kind(measured: dict[str, Columns]) -> str:
         cells = []
         for rows in measured.values():
             mine = {name: column[rows["kind"] == kind] for name, column in rows.items()}
-            cells.append(f"{np.nanmean(f1(mine)):.3f}")
+            cells.append(f"{measures.macro_f1(confusion(mine)):.3f}")
         lines.append(f"| {kind} | {(kinds == kind).sum()} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

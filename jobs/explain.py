@@ -19,16 +19,7 @@ from pyspark.logger import PySparkLogger
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.rescore import (
-    Scoring,
-    Waves,
-    add_scoring_flags,
-    likeliest,
-    model_folder,
-    refuse_foreign_prompt,
-    registered_folder,
-    scoring,
-)
+from jobs.rescore import Scoring, Waves, add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
 from schemas import delta, runs
 from schemas.labels import LABELS, NAMES
 from schemas.tables import EXPLANATIONS
@@ -63,12 +54,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens}: at least 1 is needed")
-    found = model_folder(args.model)
-    what = scoring(args, *found) if found else None
-    spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
-    if what is None:
-        what = scoring(args, *registered_folder(spark, args.tables, args.model))
+    spark, what = opened(args, JOB, scoring)
     explain(spark, args.tables, what, args.pairs, args.limit, args.max_tokens)
     return 0
 
@@ -89,7 +75,7 @@ def explain(
     try:
         reasoning.write_missing(selected)
     except BaseException as error:
-        runs.finish(spark, root, reasoning.run, "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.fail(spark, root, reasoning.run, error)
         raise
     finally:
         delta.drop_scratch(spark, root, run.run_id)

@@ -385,7 +385,7 @@ def fit_thresholds(
     try:
         version, counts = _fitted(spark, root, wanted, frame, run)
     except BaseException as error:
-        runs.finish(spark, root, run, "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.fail(spark, root, run, error)
         raise
     finally:
         frame.unpersist()

@@ -84,8 +84,7 @@ def main(argv: list[str]) -> int:
         else:
             intake.deletions(found)
     except BaseException as error:
-        message = (str(error) or repr(error)).splitlines()[0]
-        runs.finish(spark, args.tables, intake.counted(), "failed", message)
+        runs.fail(spark, args.tables, intake.counted(), error)
         raise
     finally:
         delta.drop_scratch(spark, args.tables, intake.run.run_id)

@@ -122,7 +122,7 @@ def promote(
             return GATE_FAILED if refusal else 0
         swap(spark, root, old.version if old else None, version, who, reason)
     except BaseException as error:
-        runs.finish(spark, root, run, "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.fail(spark, root, run, error)
         raise
     runs.finish(spark, root, replace(run, counts={"version": version}), "done", done)
     print(f"{JOB}: version {version} is in force. Hand the changed tiers on: publish --tables {root}", flush=True)

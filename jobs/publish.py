@@ -92,7 +92,7 @@ def publish(spark: SparkSession, root: str) -> dict[str, int]:
         nothing = {"inserted": 0, "updated": 0, "deleted": 0}
         counts = nothing if changes.isEmpty() else delta.sync(spark, root, "published_labels", changes)
     except BaseException as error:
-        runs.finish(spark, root, run, "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.fail(spark, root, run, error)
         raise
     finally:
         delta.drop_scratch(spark, root, run.run_id)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyspark.errors import StreamingQueryException
 from pyspark.resource import ResourceProfile
@@ -36,6 +36,7 @@ from udfs.prompt import load as load_prompt
 from udfs.render import product_text, rendered
 from udfs.score import scored_schema, scorer
 
+T = TypeVar("T")
 WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
 TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of half a second
 # A decoded token costs about three prefilled ones on CPU (1,233 against 453 a second); it only sizes a first wave.
@@ -161,6 +162,20 @@ def registered(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]
     return str(models[model_id]["path"]), str(models[model_id]["stage"])
 
 
+def opened(
+    args: argparse.Namespace, job: str, look: Callable[[argparse.Namespace, str, str], T]
+) -> tuple[SparkSession, T]:
+    """Spark over the tables `--tables`, and what `look` (flags, folder, stage) made of `--model`.
+
+    A model that is named by its folder is looked at before Spark starts, so that a wrong one costs no time.
+    """
+    found = model_folder(args.model)
+    seen = look(args, *found) if found else None
+    spark = delta.session(job)
+    delta.prepare(spark, args.tables)
+    return spark, seen or look(args, *registered_folder(spark, args.tables, args.model))
+
+
 def main(argv: list[str]) -> int:
     """Runs the stream; returns 0 when all changes are scored."""
     parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -170,12 +185,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--every", metavar="INTERVAL", help='stay, and look for changes so often, such as "5 minutes"')
     add_scoring_flags(parser)
     args = parser.parse_args(argv)
-    found = model_folder(args.model)
-    what = scoring(args, *found) if found else None
-    spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
-    if what is None:
-        what = scoring(args, *registered_folder(spark, args.tables, args.model))
+    spark, what = opened(args, JOB, scoring)
     rescore(spark, args.tables, what, args.every)
     return 0
 
@@ -200,7 +210,7 @@ def rescore(spark: SparkSession, root: str, what: Scoring, every: str | None = N
             query.stop()
     except BaseException as error:
         cause = night.error or error
-        runs.finish(spark, root, night.run, "failed", str(cause).splitlines()[0] if str(cause) else repr(cause))
+        runs.fail(spark, root, night.run, cause)
         if isinstance(error, StreamingQueryException):
             raise RuntimeError(str(cause)) from error
         raise

@@ -22,16 +22,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from jobs.rescore import (
-    Scoring,
-    Waves,
-    add_scoring_flags,
-    likeliest,
-    model_folder,
-    refuse_foreign_prompt,
-    registered_folder,
-    scoring,
-)
+from jobs.rescore import Scoring, Waves, add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
 from schemas import delta, gold, runs
 from schemas.canonical import SPLITS
 from schemas.labels import LABELS, NAMES
@@ -105,17 +96,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
-    found = model_folder(args.model)
-    what = scoring(args, *found) if found else None
-    asked = sampling(args, what) if what else None
-    spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
-    if what is None or asked is None:
-        what = scoring(args, *registered_folder(spark, args.tables, args.model))
-        asked = sampling(args, what)
-    sample(
-        spark, args.tables, what, *asked, split=args.split, source=args.source, limit=args.limit, findings=args.findings
-    )
+    spark, asked = opened(args, JOB, drawing)
+    sample(spark, args.tables, *asked, split=args.split, source=args.source, limit=args.limit, findings=args.findings)
     return 0
 
 
@@ -127,6 +109,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, its end included (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other answers")
     parser.add_argument("--order", default="post", choices=ORDERS, help="post: label, then chain; pre: chain first")
+
+
+def drawing(args: argparse.Namespace, folder: str, stage: str) -> tuple[Scoring, Form, Sampling]:
+    """Who is asked, the answers' form, and how they are drawn. Raises ValueError with a sentence."""
+    what = scoring(args, folder, stage)
+    return what, *sampling(args, what)
 
 
 def sampling(args: argparse.Namespace, what: Scoring) -> tuple[Form, Sampling]:
@@ -179,7 +167,7 @@ def sample(
         if findings:
             draw.run = Findings(spark, root, what, draw.run, made).judge(chosen)
     except BaseException as error:
-        runs.finish(spark, root, draw.run, "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.fail(spark, root, draw.run, error)
         raise
     finally:
         delta.drop_scratch(spark, root, draw.run.run_id)

@@ -39,13 +39,13 @@ def main(argv: list[str]) -> int:
     delta.prepare(spark, args.tables)
     lesson = train_sft.read_lesson(spark, args)
     how = train_sft.settings(args, lesson, "dpo", beta=args.beta)
-    answers = samples(spark, args, lesson)
-    chosen = preferences(answers, args.per_pair, args.seed)
-    chosen = chosen.localCheckpoint()
+    pairs = train_sft.train_pairs(spark, args)
+    answers = samples(spark, args, lesson, pairs)
+    chosen = preferences(answers, args.per_pair, args.seed).localCheckpoint()
     put(spark, args, lesson, chosen)
     tell(spark, args, answers, chosen)
-    pairs = train_sft.train_pairs(spark, args).join(chosen.select("pair_id").distinct(), "pair_id", how="left_semi")
-    rows = rendered(pairs, lesson.prompt).select("pair_id", "ids").join(chosen, "pair_id", how="inner")
+    preferred = pairs.join(chosen.select("pair_id").distinct(), "pair_id", how="left_semi")
+    rows = rendered(preferred, lesson.prompt).select("pair_id", "ids").join(chosen, "pair_id", how="inner")
     data: list[dict[str, Any]] = [
         {
             "pair_id": row["pair_id"],
@@ -64,16 +64,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def samples(spark: SparkSession, args: argparse.Namespace, lesson: train_sft.Lesson) -> DataFrame:
-    """The parent's answers to the present text of train pairs, of its newest run. Raises ValueError without any."""
-    pairs = train_sft.train_pairs(spark, args).select("pair_id", "label", "content_hash")
+def samples(spark: SparkSession, args: argparse.Namespace, lesson: train_sft.Lesson, pairs: DataFrame) -> DataFrame:
+    """The parent's answers to the present text of `pairs`, of its newest run. Raises ValueError without any."""
     asked = delta.read(spark, args.tables, "samples").where(
         (F.col("model_id") == lesson.parent.model_id) & (F.col("prompt_id") == lesson.prompt.prompt_id)
     )
     newest = asked.agg(F.max("run_id")).collect()[0][0]
-    found = asked.where(F.col("run_id") == newest).join(
-        pairs.drop("label"), ["pair_id", "content_hash"], how="left_semi"
-    )
+    found = asked.where(F.col("run_id") == newest).join(pairs, ["pair_id", "content_hash"], how="left_semi")
     if newest is None or found.isEmpty():
         raise ValueError(
             f"model {lesson.parent.model_id} has not answered any train pair yet; ask it: sample --tables "

@@ -73,14 +73,7 @@ def main(argv: list[str]) -> int:
         .orderBy("ids", "pair_id")
     )
     data: list[dict[str, Any]] = [
-        {
-            "pair_id": row["pair_id"],
-            "root": row["ids"][: row["group_tokens"]],
-            "rest": row["ids"][row["group_tokens"] :],
-            "label": row["label"],
-            "rate": row["rate"],
-        }
-        for row in rows.toArrow().to_pylist()
+        train_sft.parts(row) | {"label": row["label"], "rate": row["rate"]} for row in rows.toArrow().to_pylist()
     ]
     if not data:
         raise ValueError(f"there is no judged train pair in {args.tables}; bring some: ingest --pairs FILE")

@@ -24,7 +24,7 @@ from jobs import rescore
 from partitioner import engines
 from schemas import delta, gold, runs
 from udfs import adapter, answer
-from udfs.model import Model, inspect
+from udfs.model import Model, inspect, weights_hash
 from udfs.prompt import Prompt
 from udfs.prompt import load as load_prompt
 from udfs.render import rendered
@@ -37,14 +37,15 @@ JOB = "train_sft"
 class Lesson:
     """What a stage starts from.
 
-    parent: the model before the stage, whole. base: folder of the weights that stay (of which the recipe keeps
-    `base_name`). adapter: the adapter on them that is trained on, or None. trained_on: sources of gold that the parent
-    has seen.
+    parent: the model before the stage, whole. base: folder of the weights that stay, of which the recipe keeps
+    `base_name` and `base_hash`. adapter: the adapter on them that is trained on, or None. trained_on: sources of gold
+    that the parent has seen.
     """
 
     parent: Model
     base: str
     base_name: str
+    base_hash: str
     adapter: str | None
     prompt: Prompt
     prompt_file: str
@@ -118,12 +119,7 @@ def main(argv: list[str]) -> int:
     prompts = rendered(pairs.join(chains, "pair_id", how="left_semi"), lesson.prompt)
     rows = prompts.join(chains, "pair_id", how="inner").orderBy("ids", "pair_id")
     data = [
-        {
-            "pair_id": row["pair_id"],
-            "root": row["ids"][: row["group_tokens"]],
-            "rest": row["ids"][row["group_tokens"] :],
-            "answer": lesson.form.target(row["label"], row["chain"]),
-        }
+        parts(row) | {"answer": lesson.form.target(row["label"], row["chain"])}
         for row in rows.select("pair_id", "ids", "group_tokens", "label", "chain").toArrow().to_pylist()
     ]
     if not data:
@@ -161,6 +157,7 @@ def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None
         parent=parent,
         base=base,
         base_name=recipe["base"] if is_adapter else args.model,
+        base_hash=(recipe.get("base_hash") or weights_hash(base)) if is_adapter else parent.weights_hash,
         adapter=folder if is_adapter else None,
         prompt=prompt,
         prompt_file=str(source),
@@ -188,6 +185,12 @@ def train_pairs(spark: SparkSession, args: argparse.Namespace) -> DataFrame:
     return pairs.withColumn("place", F.row_number().over(order)).where(F.col("place") <= args.limit).drop("place")
 
 
+def parts(row: dict[str, Any]) -> dict[str, Any]:
+    """A rendered pair as a row to train on: its id, and its prompt in the part that others share and its own."""
+    ids, shared = row["ids"], row["group_tokens"]
+    return {"pair_id": row["pair_id"], "root": ids[:shared], "rest": ids[shared:]}
+
+
 def train(
     spark: SparkSession,
     args: argparse.Namespace,
@@ -204,7 +207,7 @@ def train(
         recipe = {
             "stage": how.stage,
             "base": lesson.base_name,
-            "base_hash": inspect(lesson.base).weights_hash,
+            "base_hash": lesson.base_hash,
             "parent_id": lesson.parent.model_id,
             "prompt_id": lesson.prompt.prompt_id,
             "order": lesson.form.order,
@@ -215,14 +218,15 @@ def train(
         figures = launch(how, args.processes, not engines.is_local(spark), **more)
         shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
         recipe |= {"metrics": figures}
-        leave(how, recipe, lesson.base_name, lesson.base)
+        leave(how, lesson.base_name, lesson.base)
+        adapter.write_recipe(how.out, recipe)  # merging reads it
         made = inspect(rescore.whole_folder(how.out))
-        leave(how, recipe | {"merged_hash": made.weights_hash}, lesson.base_name, lesson.base)
+        adapter.write_recipe(how.out, recipe | {"merged_hash": made.weights_hash})
         print(f"{job}: its log as charts: {draw(how.out)}")
         rows = delta.rows(spark, "models", [model_row(made, how.out, recipe)])
         delta.upsert(spark, args.tables, "models", rows)
     except BaseException as error:
-        runs.finish(spark, args.tables, run, "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.fail(spark, args.tables, run, error)
         raise
     runs.finish(spark, args.tables, replace(run, counts={"trained": len(data)}), "done")
     print(f"{job}: made model {made.model_id}; score with it: rescore --tables {args.tables} --model {how.out}")

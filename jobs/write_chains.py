@@ -27,7 +27,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import ArrayType, IntegerType, StructField, StructType
 
-from jobs.rescore import Scoring, Waves, add_scoring_flags, model_folder, registered_folder, scoring
+from jobs.rescore import Scoring, Waves, add_scoring_flags, opened, scoring
 from jobs.sample import refuse_wrong_draw
 from schemas import canonical, delta, files, formats, gold, inputs, runs
 from schemas.labels import LABELS, NAMES
@@ -64,17 +64,13 @@ def main(argv: list[str]) -> int:
         raise ValueError("chains come either from --chains FILE or from a teacher, --model M: name one of them")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
-    teaches = None
     if args.chains is not None:
         files.refuse_wrong_path("--chains", args.chains)
-    elif found := model_folder(args.model):
-        teaches = teaching(args, *found)
-    spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
-    if args.chains is not None:
+        spark = delta.session(JOB)
+        delta.prepare(spark, args.tables)
         from_file(spark, args.tables, args.chains, args.source)
         return 0
-    teaches = teaches or teaching(args, *registered_folder(spark, args.tables, args.model))
+    spark, teaches = opened(args, JOB, teaching)
     from_teacher(spark, args.tables, *teaches, args.source, args.limit, args.again)
     return 0
 
@@ -96,7 +92,7 @@ def from_file(spark: SparkSession, root: str, where: str, source: str | None = N
     try:
         brought.from_file(where)
     except BaseException as error:
-        runs.finish(spark, root, brought.counted(), "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.fail(spark, root, brought.counted(), error)
         raise
     finally:
         delta.drop_scratch(spark, root, brought.run.run_id)
@@ -121,7 +117,7 @@ def from_teacher(
     try:
         chosen = lesson.write_missing(source, limit, again)
     except BaseException as error:
-        runs.finish(spark, root, lesson.run, "failed", (str(error) or repr(error)).splitlines()[0])
+        runs.fail(spark, root, lesson.run, error)
         raise
     finally:
         delta.drop_scratch(spark, root, run.run_id)

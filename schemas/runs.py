@@ -78,6 +78,11 @@ def finish(spark: SparkSession, root: str, run: Run, status: str, message: str |
     return run
 
 
+def fail(spark: SparkSession, root: str, run: Run, error: BaseException) -> Run:
+    """Writes that the run ended by an error, with the error's first line, and returns the row."""
+    return finish(spark, root, run, "failed", (str(error) or repr(error)).splitlines()[0])
+
+
 def write(spark: SparkSession, root: str, run: Run) -> None:
     """Writes the row as it is now."""
     delta.upsert(spark, root, "runs", _row(spark, run))

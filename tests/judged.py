@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from schemas import delta
 from schemas.tables import TABLES
@@ -16,10 +16,15 @@ MODEL, PROMPT = "0123456789abcdef", "fedcba9876543210"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def fill(spark: SparkSession, root: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
+def rows(spark: SparkSession, name: str, of: Sequence[dict[str, Any]]) -> DataFrame:
+    """Rows of a table; columns that are not given are null."""
+    values = [[float(x) if isinstance(x, np.floating) else x for x in map(row.get, TABLES[name].names)] for row in of]
+    return delta.rows(spark, name, values)
+
+
+def fill(spark: SparkSession, root: str, name: str, of: Sequence[dict[str, Any]]) -> None:
     """Appends rows to a table; columns that are not given are null."""
-    values = [[float(x) if isinstance(x, np.floating) else x for x in map(row.get, TABLES[name].names)] for row in rows]
-    delta.append(spark, root, name, delta.rows(spark, name, values))
+    delta.append(spark, root, name, rows(spark, name, of))
 
 
 def pair_key(i: int) -> str:
@@ -46,6 +51,16 @@ def scored(i: int, query: str, p: Sequence[float] | None, **more: Any) -> dict[s
 def gold(i: int, label: int, split: str = "dev", source: str = "raters", **more: Any) -> dict[str, Any]:
     row = {"pair_id": pair_key(i), "source": source, "label": label, "weight": 1.0, "split": split, "judged_at": NOW}
     return {**row, **more}
+
+
+def sample(pair_id: str, gold: int, label: int, chain: str, **more: Any) -> dict[str, Any]:
+    """An answer that came to its end, its chain concluding its own label."""
+    return {
+        "pair_id": pair_id, "model_id": MODEL, "prompt_id": PROMPT, "run_id": "r", "sample": 0, "label": label,
+        "chain": chain, "gold": gold, "correct": label == gold, "conclusion": label, "agrees": True, "tokens": 20,
+        "finished": True, "split": "train", "temperature": 1.0, "seed": 0, "content_hash": "h", "created_at": NOW,
+        **more,
+    }  # fmt: skip
 
 
 def run(run_id: str = "r0", dtype: str = "float32", engine: str = "fake 1") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
@@ -45,38 +44,19 @@ def written(spark: SparkSession, empty_tables: object, tmp_path_factory: pytest.
     )
     delta.upsert(spark, root, "quarantine", bad)
     rescore(spark, root, scoring())
-    # A row in each of the tables of training, by the column types alone.
-    when = datetime(2026, 1, 2, tzinfo=UTC)
-    pair, run = "0" * 32, "20260102T000000-0"
-    chain = (pair, "file", 3, "Missed: colour. So Related.", True, None, "h", run, when)
-    sample = (
-        pair,
-        "m",
-        "p",
-        run,
-        0,
-        3,
-        "Missed. So Related.",
-        3,
-        True,
-        3,
-        True,
-        None,
-        9,
-        True,
-        "dev",
-        1.0,
-        7,
-        "h",
-        when,
-    )
-    why = (pair, "m", "p", 3, "argmax", "Missed. So Related.", 3, False, 9, True, "h", run, when)
-    for name, row in {"chains": chain, "samples": sample, "explanations": why}.items():
-        delta.append(spark, root, name, delta.rows(spark, name, [row]))
+    pair, run = judged.pair_key(0), "20260102T000000-0"
+    chain = "Missed: colour. So Related."
+    told = {"pair_id": pair, "label": 3, "chain": chain, "content_hash": "h", "run_id": run, "created_at": judged.NOW}
+    judged.fill(spark, root, "chains", [{**told, "teacher": "file", "kept": True}])
+    judged.fill(spark, root, "samples", [judged.sample(pair, 3, 3, chain)])
+    why = {"model_id": "m", "prompt_id": "p", "label_source": "argmax", "conclusion": 3, "contradicts": False}
+    judged.fill(spark, root, "explanations", [{**told, **why, "tokens": 9, "finished": True}])
+    preferred = {"model_id": "m", "prompt_id": "p", "chosen_sample": 0, "rejected_sample": 1, "chosen_chain": chain}
+    judged.fill(spark, root, "preferences", [{**told, **preferred, "rejected_label": 1, "rejected_chain": "So."}])
     judged.fill(spark, root, "thresholds", judged.cuts(1, {"": (0.7, 0.5, 0.3)}, "active", reason="a test"))
     tier = {"product_id": "k1", "locale": "en", "tier": 3, "tier_since_version": 1, "tier_since_model_id": "m"}
-    told = {"pair_id": judged.pair_key(1), "query": "kettle", **tier, "published_at": judged.NOW}
-    judged.fill(spark, root, "published_labels", [told])
+    published = {"pair_id": judged.pair_key(1), "query": "kettle", **tier, "published_at": judged.NOW}
+    judged.fill(spark, root, "published_labels", [published])
     figure = {"run_id": "r", "cuts": "one", "split": "test", "segment": "", "measure": "macro_f1", "value": 0.5, "n": 9}
     judged.fill(spark, root, "measures", [figure])
     return root

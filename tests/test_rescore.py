@@ -14,6 +14,7 @@ from jobs import rescore as job
 from jobs.rescore import Scoring, rescore
 from partitioner import prefix
 from schemas import delta, tables
+from tests import judged
 from tests.engines import load_drifting, load_fake, load_mortal, logprobs
 from tests.models import PROMPT, tiny_tokenizer
 from udfs.engine import EngineSettings
@@ -170,9 +171,8 @@ def test_rows_of_removed_pairs_go_at_the_next_start_for_all_models(spark: SparkS
 def test_a_model_trained_with_another_prompt_is_refused(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
     what = scoring()
-    row: tuple[Any, ...] = (what.model.model_id, "/m", None, "sft", "another-prompt", "ff", None, {}, None, None)
-    rows = delta.rows(spark, "models", [row]).withColumn("created_at", F.current_timestamp())
-    delta.upsert(spark, root, "models", rows)
+    row = {"model_id": what.model.model_id, "path": "/m", "stage": "sft", "prompt_id": "another-prompt"}
+    judged.fill(spark, root, "models", [{**row, "weights_hash": "ff", "created_at": judged.NOW}])
     with pytest.raises(ValueError, match="was trained with prompt another-prompt"):
         rescore(spark, root, what)
     assert probs(spark, root).isEmpty()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.train_dpo import preferences
-from schemas import delta
+from tests import judged
 
 Answer = tuple[int, str, bool]  # label, chain, whether it agrees
 
@@ -17,14 +16,11 @@ Answer = tuple[int, str, bool]  # label, chain, whether it agrees
 def answers(spark: SparkSession, of_pair: dict[str, tuple[int, list[Answer]]]) -> DataFrame:
     """Rows of `samples`: for each pair its gold label and its answers, numbered."""
     rows = [
-        [
-            pair, "m", "p", "r", number, label, chain, gold, label == gold, label if agrees else None, agrees, 20, True,
-            "train", 1.0, 0, "h", datetime(2026, 1, 1, tzinfo=UTC),
-        ]
+        judged.sample(pair, gold, label, chain, sample=number, conclusion=label if agrees else None, agrees=agrees)
         for pair, (gold, told) in of_pair.items()
         for number, (label, chain, agrees) in enumerate(told)
-    ]  # fmt: skip
-    return delta.rows(spark, "samples", rows)
+    ]
+    return judged.rows(spark, "samples", rows)
 
 
 def made(spark: SparkSession, of_pair: dict[str, tuple[int, list[Answer]]], per_pair: int = 2) -> list[dict[str, Any]]:
@@ -72,6 +68,5 @@ def test_no_label_gets_more_than_an_equal_share(spark: SparkSession) -> None:
 @pytest.mark.parametrize("column", ["label", "rejected_label"])
 def test_the_table_takes_no_label_of_another_scale(spark: SparkSession, root: str, column: str) -> None:
     (row,) = preferences(answers(spark, {"a": (4, [(4, "good", True), (3, "bad", True)])}), 1, 0).collect()
-    wrong = row.asDict() | {column: 5}
     with pytest.raises(Exception, match="label_range"):
-        delta.append(spark, root, "preferences", delta.rows(spark, "preferences", [list(wrong.values())]))
+        judged.fill(spark, root, "preferences", [row.asDict() | {column: 5}])

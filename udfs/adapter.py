@@ -40,6 +40,11 @@ def recipe(folder: str) -> dict[str, Any]:
     return found
 
 
+def write_recipe(folder: str, made: dict[str, Any]) -> None:
+    """Writes `training.json`."""
+    (Path(folder) / RECIPE).write_text(json.dumps(made, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def merge(adapter: str, base: str, target: str) -> str:
     """Writes base + adapter as a model folder `target`, once; returns it.
 

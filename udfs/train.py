@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from schemas.labels import LABELS
-from udfs.adapter import RECIPE
 from udfs.answer import Form, conclusion
 from udfs.difficulty import Difficulty, pass_rates
 from udfs.forest import IGNORED, Row, forests, grouped, logprobs, planted
@@ -129,13 +128,12 @@ def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
     return stages[settings.stage](settings, rows, **more)
 
 
-def leave(settings: TrainSettings, recipe: dict[str, Any], base_name: str, base: str) -> None:
+def leave(settings: TrainSettings, base_name: str, base: str) -> None:
     """What a whole folder needs beside its weights; nothing in it names this machine's folders."""
     import torch
     from safetensors.torch import load_file, save_file
 
     out = Path(settings.out)
-    (out / RECIPE).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     config = out / "adapter_config.json"
     if config.is_file():
         # As the base it is added to: half the bytes, and the sum is rounded to that anyway.
@@ -330,7 +328,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
     rows = [Row(tuple(row["root"]), tuple(row["rest"]), (own,)) for row, own in zip(data, gold, strict=True)]
     known = np.array([np.nan if row["rate"] is None else row["rate"] for row in data])
     difficulty = Difficulty(np.nan_to_num(known, nan=0.5), settings.group, settings.seed, settings.uniform)
-    counted = {"generated": 0, "refilled": 0}
+    generated = 0  # tokens of answers
 
     def refresh(model: Any) -> None:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16"):
@@ -352,11 +350,12 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
             difficulty.save(f"{args.output_dir}/checkpoint-{state.global_step}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if settings.generated_tokens and counted["generated"] >= settings.generated_tokens:
+            if settings.generated_tokens and generated >= settings.generated_tokens:
                 control.should_training_stop = True
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
         """Answers to pairs drawn by difficulty, in the place of those that the trainer's own sampler names."""
+        nonlocal generated
         key = (trainer.state.global_step, trainer.accelerator.process_index)
         policy_model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
@@ -367,11 +366,11 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
                 output["prompt_ids"].append([*rows[number].root, *rows[number].rest])
                 output["completion_ids"].append(ids)
                 output["label"].append(data[number]["label"])
-                counted["generated"] += len(ids)
+                generated += len(ids)
         output["logprobs"] = None  # type: ignore[assignment]  # the policy that samples is the one that learns
         trainer._log_metric("groups_drawn", float(groups.drawn))
         trainer._log_metric("groups_without_spread", groups.without_spread / groups.drawn)
-        trainer._log_metric("generated_tokens", float(counted["generated"]))
+        trainer._log_metric("generated_tokens", float(generated))
         trainer._log_metric("p_gold_drawn", float(difficulty.rates[[n for n, _ in groups.answers]].mean()))
         return output
 
@@ -387,19 +386,15 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
                 prompt = ids[:-logits_to_keep][seen[:-logits_to_keep]].tolist()
                 answers.append(ids[-logits_to_keep:][seen[-logits_to_keep:]].tolist())
                 of_prompt.setdefault(tuple(prompt), []).append(i)
-            logps = torch.zeros(len(answers), logits_to_keep, device=input_ids.device)
-            entropies = torch.zeros_like(logps)
             groups = [(prompt, [answers[i] for i in members]) for prompt, members in of_prompt.items()]
             with self.accelerator.autocast():
                 found = logprobs(model, groups, self.temperature)
             places = [i for members in of_prompt.values() for i in members]
-            padded = [
-                torch.nn.functional.pad(own, (0, logits_to_keep - len(own)))
-                for _, (own, _) in sorted(zip(places, found, strict=True), key=lambda entry: entry[0])
-            ]
-            logps = torch.stack(padded)
-            for i, (_, entropy) in zip(places, found, strict=True):
-                entropies[i, : len(entropy)] = entropy
+            in_order = [pair for _, pair in sorted(zip(places, found, strict=True), key=lambda entry: entry[0])]
+            logps, entropies = (
+                torch.stack([torch.nn.functional.pad(one, (0, logits_to_keep - len(one))) for one in side])
+                for side in zip(*in_order, strict=True)
+            )
             return logps, entropies, None
 
     def right(completion_ids: list[list[int]], label: list[int], **_: Any) -> list[float | None]:
@@ -470,6 +465,8 @@ def rolled_out(
         for attempt in range(REFILLS):
             numbers = [int(i) for i in difficulty.draw(groups - len(kept), *key, attempt)]
             numbers = [i for i in numbers if i not in {n for n, _ in kept}]
+            if not numbers:
+                continue
             firsts = first_tokens(model, [(*rows[i].root, *rows[i].rest) for i in numbers], settings.group)
             for i, first in zip(numbers, firsts, strict=True):
                 rights = sum(token == rows[i].answer[0] for token in first)
