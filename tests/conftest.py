@@ -18,14 +18,20 @@ SHARED = REPO.parent / "shared"
 sys.path.insert(0, str(REPO))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["PYSPARK_PYTHON"] = sys.executable
+# Two test processes on two cores: threads of torch that spin while they wait for each other cost ten times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What a large table wants only costs on a few rows: compiling each query to Java took half of the suite's time.
+# What a large table wants only costs on a few rows: compiling queries and projections to Java took half of the suite's
+# time, and the JVM's own second compiler and concurrent collector a third of what was left.
 QUICK = {
     "spark.driver.memory": "2g",
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    "spark.sql.adaptive.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
     "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
 }
 
 

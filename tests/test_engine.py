@@ -85,7 +85,6 @@ elif how == "breaks":
     engine._engine.step = step
     selfcheck.probabilities(engine, prompts, labels)
 elif how == "slow":
-    selfcheck.probabilities(engine, prompts, labels)  # the first steps compile kernels
     real = engine._engine.step
     engine._engine.step = lambda: (time.sleep(3), real())[1]
     print("answers", len(selfcheck.probabilities(engine, prompts[:12], labels, ahead=3)))

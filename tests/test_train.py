@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -235,6 +236,32 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
     assert weights_hash(str(tmp_path / "cut")) == weights_hash(str(tmp_path / "whole"))
     steps = [[e["step"] for e in log(tmp_path / name) if "loss" in e] for name in ("whole", "cut")]
     assert steps[0] == steps[1]
+
+
+def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
+    answers: Form, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"pair_id": str(n), "root": root_of(n, LABELS[n % 4]), "rest": list(QUERY), "label": LABELS[n % 4], "rate": 0.5}
+        for n in range(16)
+    ]
+
+    def ended(out: Path) -> list[tuple[float, float]]:
+        how = settings(
+            taught, out, "grpo", steps=30, groups=2, group=4, max_tokens=12, generated_tokens=400, checkpoint_every=2
+        )
+        run(how, rows, form=answers)
+        return [(e["step"], e["generated_tokens"]) for e in log(out) if "generated_tokens" in e]
+
+    whole = ended(tmp_path / "whole")
+    assert whole[-2][1] < 400 <= whole[-1][1] < 400 + 2 * 4 * 12
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for file in ("plan.json", "model.safetensors"):
+        (tmp_path / "cut" / file).unlink()
+    last = max((tmp_path / "cut/checkpoints").glob("checkpoint-*"), key=lambda c: int(c.name.rsplit("-")[1]))
+    shutil.rmtree(last)  # as killed before its last checkpoint
+    assert ended(tmp_path / "cut") == whole
+    assert weights_hash(str(tmp_path / "cut")) == weights_hash(str(tmp_path / "whole"))
 
 
 def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Form, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 # Ends the worker when the engine is broken beyond repair; Spark then starts a new worker for the retry.
 BROKEN_ENGINE_EXIT = 70
+LOADING_SECONDS = 900  # a large model may take minutes to load and to compile its first step: till then nothing hangs
 
 
 @dataclass(frozen=True)
@@ -192,14 +193,20 @@ class VllmEngine:
             seed=settings.seed,
             **device,
         )
-        with Watchdog(max(settings.hang_seconds, 900)):  # a large model may take minutes to load
-            self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         self.settings = settings
+        self._hang_seconds = max(settings.hang_seconds, LOADING_SECONDS)
+        with Watchdog(self._hang_seconds):
+            self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         self.id = uuid.uuid4().hex
         self.version = f"vllm {vllm.__version__} {'cpu' if on_cpu else current_platform.get_device_name()}"
         self.dtype = str(self._engine.model_config.dtype).removeprefix("torch.")
         self.max_model_len = int(self._engine.model_config.max_model_len)
         self.busy_seconds = 0.0
+        # The first steps compile kernels (10 s on two slow cores): that is loading, and no measure of the pace to come.
+        for count in (1, 2):
+            list(self.answers(iter([[0, 1, 2]] * count), (0, 1, 2, 3)))
+        self.forget()
+        self._hang_seconds, self.busy_seconds = settings.hang_seconds, 0.0
 
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
@@ -280,7 +287,7 @@ class VllmEngine:
                 if not inside:
                     continue
                 started = time.monotonic()
-                with Watchdog(self.settings.hang_seconds) as watchdog, _broken_engine_ends_the_process():
+                with Watchdog(self._hang_seconds) as watchdog, _broken_engine_ends_the_process():
                     outputs: list[Any] = []
                     # A long prompt takes several steps, text one a token. Each moves something on, so there is an end.
                     for _ in range(inside * 2 * self.max_model_len):

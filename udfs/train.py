@@ -335,7 +335,11 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
             difficulty.rates = pass_rates(model, rows, settings.batch_tokens)
 
     class Refresh(TrainerCallback):
-        """Keeps the pass rates those of the policy, in checkpoints too."""
+        """Keeps the pass rates those of the policy, in checkpoints too; ends at the bound of generated tokens."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal generated  # a checkpoint's log says how many there were
+            generated = int(max((entry.get("generated_tokens", 0) for entry in state.log_history), default=0))
 
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if state.global_step % settings.refresh == 0 and not settings.uniform:
