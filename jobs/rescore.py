@@ -1,23 +1,30 @@
 """The nightly stream: scores new and changed pairs and stops, or stays and keeps on.
 
-rescore --tables T --model M [--prompt FILE] [--every "5 minutes"]
+rescore --tables T [--model M] [--also M2] [--prompt FILE] [--every "5 minutes"] [--deadline 06:00]
 
-M is `demo`, a model folder, or a registered model_id. The stream follows the change feed of `pairs`. A batch of changes
-may be of any size (the feed's own limits count files, not rows), so it is lined up by prefix, cut into waves of about a
-minute of engine work, and each wave is landed and merged in one commit. What a wave has merged is never scored again:
-a pair is known by (content_hash, model, prompt), so a batch that is repeated after a kill goes on where it stopped.
+M is `demo`, a model folder, a registered model_id, or `active`, the model of the thresholds in force (the default once
+there are any): a stream that stays then follows a promotion. The stream follows the change feed of `pairs`. A batch of
+changes may be of any size (the feed's own limits count files, not rows), so it is lined up by prefix, cut into waves of
+about a minute of engine work, and each wave is landed, looked at, and merged in one commit while the engines go on with
+the next. What a wave has merged is never scored again: a pair is known by (content_hash, model, prompt), so a batch
+that is repeated after a kill goes on where it stopped. Where pairs bear a weight, the heaviest products come first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pyspark.errors import StreamingQueryException
 from pyspark.resource import ResourceProfile
@@ -25,8 +32,10 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import demo.model
-from partitioner import engines, prefix
+from partitioner import engines, prefix, thresholds
 from schemas import delta, files, runs, tables
+from schemas.crash import crash
+from schemas.delta import GaveUp
 from schemas.labels import LABELS, P_COLUMNS
 from udfs import adapter, selfcheck
 from udfs.engine import Engine, EngineSettings, load
@@ -42,7 +51,30 @@ TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of 
 # A decoded token costs about three prefilled ones on CPU (1,233 against 453 a second); it only sizes a first wave.
 DECODE_COST = 3
 CHECKED_PROMPTS = 12  # in the first-use self check
+POISONS = 8  # pairs in one wave that may kill their engine; more is the engine's or the machine's own fault
+MAX_REFUSED = 1000  # rows of a run
+CANARIES = 5  # known prompts in a shard, as far as their share of the tokens allows
+CANARY_SHARE = 0.005  # of the tokens of work
+NOISE_SAMPLE = 64  # pairs of a run that are asked again in another order
+FOLLOWED_SECONDS = 20  # between two looks at which model is in force
+NOT_FINITE_SHARE = 0.1  # of a wave's answers: more is a broken engine, not odd pairs
+PORTIONS = 8  # of a line, by how much they are wanted
+MIX_PAIRS = 100  # of a run: with fewer, its mix of labels says nothing
+STOPPED = 5  # exit code: ended early, as asked
+ACTIVE = "active"
 JOB = "rescore"
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A prompt, and the p of labels 4, 3, 2, 1 that the engine gave it when it was asked alone, uncached."""
+
+    ids: list[int]
+    p: list[float]
+
+
+class Stopped(Exception):
+    """The run ends early, as asked; what is merged is kept, and the next run goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +92,10 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     """The flags that every job with an engine shares."""
     defaults = EngineSettings(model="")
     parser.add_argument(
-        "--model", required=model_required, metavar="M", help="demo, a model folder, or a registered model_id"
+        "--model",
+        required=model_required,
+        metavar="M",
+        help="demo, a model folder, a registered model_id, or active: the model of the thresholds in force",
     )
     parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
     parser.add_argument("--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"))
@@ -169,56 +204,151 @@ def opened(
 
     A model that is named by its folder is looked at before Spark starts, so that a wrong one costs no time.
     """
-    found = model_folder(args.model)
+    named = args.model not in (None, ACTIVE)
+    found = model_folder(args.model) if named else None
     seen = look(args, *found) if found else None
     spark = delta.session(job)
     delta.prepare(spark, args.tables)
-    return spark, seen or look(args, *registered_folder(spark, args.tables, args.model))
+    model_id = args.model if named else model_in_force(spark, args.tables)
+    return spark, seen or look(args, *registered_folder(spark, args.tables, model_id))
+
+
+def model_in_force(spark: SparkSession, root: str) -> str:
+    """model_id of the thresholds in force. Raises ValueError where there are none yet."""
+    in_force = thresholds.active(spark, root)
+    if in_force is None:
+        raise ValueError(
+            "no version of thresholds is in force yet, so no model is; name one: --model demo, a model folder, or a "
+            "registered model_id"
+        )
+    return in_force.model_id
 
 
 def main(argv: list[str]) -> int:
-    """Runs the stream; returns 0 when all changes are scored."""
+    """Runs the stream; returns 0 when all changes are scored, 3 where a gate failed, 5 at the deadline."""
     parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
     )
     parser.add_argument("--every", metavar="INTERVAL", help='stay, and look for changes so often, such as "5 minutes"')
-    add_scoring_flags(parser)
+    parser.add_argument("--also", action="append", default=[], metavar="M2", help="keep this model current too")
+    add_night_flags(parser)
+    add_scoring_flags(parser, model_required=False)
     args = parser.parse_args(argv)
+    follow = args.model in (None, ACTIVE)
     spark, what = opened(args, JOB, scoring)
-    rescore(spark, args.tables, what, args.every)
-    return 0
+    others = [argparse.Namespace(**{**vars(args), "model": name, "prompt": None}) for name in args.also]
+    also = [opened(other, JOB, scoring)[1] for other in others]
+    while True:
+        run = rescore(
+            spark, args.tables, what, args.every, args.retry_failed, args.max_refused, args.deadline, also, follow
+        )
+        if run.status != "done" or not (follow and args.every):
+            return exit_code(spark, args.tables, run)
+        what = scoring(args, *registered_folder(spark, args.tables, model_in_force(spark, args.tables)))
 
 
-def rescore(spark: SparkSession, root: str, what: Scoring, every: str | None = None) -> runs.Run:
+def add_night_flags(parser: argparse.ArgumentParser) -> None:
+    """What rescore and backfill share beside the engine."""
+    parser.add_argument("--retry-failed", action="store_true", help="ask again for pairs whose engine died")
+    parser.add_argument(
+        "--max-refused", type=_positive, default=MAX_REFUSED, metavar="N", help="stop after more rows without an answer"
+    )
+    parser.add_argument(
+        "--deadline", type=next_time, metavar="HH:MM", help="begin no wave after it (this machine's time); exit code 5"
+    )
+
+
+def next_time(text: str) -> datetime:
+    """When it is HH:MM next, in this machine's time. Raises argparse's error."""
+    try:
+        at = datetime.strptime(text, "%H:%M").time()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time of day: write 06:00") from None
+    today = datetime.combine(datetime.now().date(), at)
+    return today if today > datetime.now() else today + timedelta(days=1)
+
+
+def exit_code(spark: SparkSession, root: str, run: runs.Run) -> int:
+    """0 done, 3 where one of the run's gates failed, 5 where it stopped early."""
+    if run.status == "stopped":
+        return STOPPED
+    mine = (F.col("run_id") == run.run_id) & (F.col("level") == "fail")
+    return 0 if delta.read(spark, root, "gates").where(mine).isEmpty() else 3
+
+
+def rescore(
+    spark: SparkSession,
+    root: str,
+    what: Scoring,
+    every: str | None = None,
+    retry_failed: bool = False,
+    max_refused: float = MAX_REFUSED,
+    deadline: datetime | None = None,
+    also: Sequence[Scoring] = (),
+    follow: bool = False,
+) -> runs.Run:
     """Scores what changed in `pairs` since this model and prompt last looked; returns the run's row.
 
-    Without `every` it ends when there is nothing left (Trigger.AvailableNow); with it, it stays.
+    Without `every` it ends when there is nothing left (Trigger.AvailableNow); with it, it stays. `also`: other models
+    that score the same batches after it. `follow`: a stream that stays ends, done, when another model is in force.
     """
-    refuse_foreign_prompt(spark, root, what)
-    night = Night(spark, root, what, runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id))
+    nights = [opened_night(spark, root, one, max_refused, deadline) for one in (what, *also)]
+    night = nights[0]
+    night.also = nights[1:]
+    crash("started")
     checkpoint = f"{root}/_checkpoints/{JOB}/{what.model.model_id}-{what.prompt.prompt_id}"
     try:
         night.forget_removed_pairs()
+        if retry_failed:
+            night.retry_failed()
         writer = delta.changes(spark, root, "pairs").writeStream.foreachBatch(night.batch)
         writer = writer.option("checkpointLocation", checkpoint)
         writer = writer.trigger(processingTime=every) if every else writer.trigger(availableNow=True)
         query = writer.start()
         try:
-            query.awaitTermination()
+            with engines.kept_alive(spark, what.settings.tensor_parallel, night.between):
+                while not query.awaitTermination(FOLLOWED_SECONDS):
+                    if follow and every and model_in_force(spark, root) != what.model.model_id:
+                        with night.between:
+                            query.stop()
+                        break
         finally:
             query.stop()
+        crash("streamed")
     except BaseException as error:
         cause = night.error or error
-        runs.fail(spark, root, night.run, cause)
+        if isinstance(cause, Stopped):
+            print(f"{JOB}: {cause}", flush=True)
+            stopped = [one.close("stopped", str(cause)) for one in nights]
+            return stopped[0]
+        for one in nights:
+            runs.fail(spark, root, one.run, cause)
+        if isinstance(cause, GaveUp):
+            raise cause from error
         if isinstance(error, StreamingQueryException):
-            raise RuntimeError(str(cause)) from error
+            told = "" if night.error else (
+                f"\nWhere this speaks of an offset or a log file, the checkpoint is damaged: delete {checkpoint} and "
+                "start again. Nothing is lost and nothing is scored twice: what is judged is known from label_probs."
+            )  # fmt: skip
+            raise RuntimeError(f"{cause}{told}") from error
         raise
     finally:
-        delta.drop_scratch(spark, root, night.run.run_id)
-    run = runs.finish(spark, root, night.run, "done")
-    print(summary(run), flush=True)
-    return run
+        for one in nights:
+            delta.drop_scratch(spark, root, one.run.run_id)
+    for one in nights:
+        one.close()
+    crash("finished")
+    return night.run
+
+
+def opened_night(spark: SparkSession, root: str, what: Scoring, max_refused: float, deadline: datetime | None) -> Night:
+    """A night whose run has begun. Raises ValueError for a foreign prompt, and where its like is at work already."""
+    refuse_foreign_prompt(spark, root, what)
+    run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=True)
+    night = Night(spark, root, what, run)
+    night.max_refused, night.deadline = max_refused, deadline
+    return night
 
 
 def refuse_foreign_prompt(spark: SparkSession, root: str, what: Scoring) -> None:
@@ -241,14 +371,23 @@ class Waves:
     """
 
     done = "scored"
+    max_refused: float = math.inf  # rows of a run without an answer
+    deadline: datetime | None = None  # no wave begins after it; local time
+    rides = False  # whether canaries ride along: only where labels are asked for
     least: int | None = None  # tokens of work in a wave (HOT_TOKENS): below, a commit is dearer than what it saves
+    _held: ClassVar[EngineSettings | None] = None  # what the workers' engines were last loaded with
 
     def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
         self.spark, self.root, self.what, self.run = spark, root, what, run
         self.settings_hash = what.settings.hash
+        self.known: list[Canary] = []  # prompts with known answers, which ride along
+        self.seconds: dict[str, float] = defaultdict(float)  # wall time by what it went to
         self._engines: set[str] = set()
         self._rate = 0.0  # tokens of work (of the line) per second and engine, as last measured
+        self._work = 0  # tokens of work done
         self._outside: float | None = None  # sum of p_outside over scored rows
+        self._owed = 0.0  # tokens that canaries may still cost
+        self._merging: tuple[str, dict[str, Any], Future[None]] | None = None
         self._told = time.monotonic()  # when the run's row was last written
 
     def ask(self, rows: DataFrame) -> DataFrame:
@@ -256,15 +395,25 @@ class Waves:
         raise NotImplementedError
 
     def write(self, answered: DataFrame, wave_id: str) -> None:
-        """Writes a wave's landed answers, in one commit."""
+        """Writes a wave's landed answers, in one commit. Runs while the engines are at the next wave."""
         raise NotImplementedError
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the wall time spent in here to `seconds`."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.monotonic() - began
 
     def land_line(self, prompts: DataFrame, name: str) -> prefix.Line:
         """Lines prompts (of `rendered`) up by prefix and lands the line, so that every wave cuts the same one."""
-        landed = delta.scratch(self.root, self.run.run_id, f"{name}-line")
-        parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
-        prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
-        return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
+        with self.timed("planning"):
+            landed = delta.scratch(self.root, self.run.run_id, f"{name}-line")
+            parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
+            prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
+            return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
 
     def planned(self, line: prefix.Line, total: int, seconds: float) -> None:
         """Notes and tells what a line asks for; `total` are the pairs that were looked at."""
@@ -275,20 +424,28 @@ class Waves:
             flush=True,
         )
 
+    def take_engines(self) -> None:
+        """Ends the workers' engines where they were loaded with other settings: two do not fit beside each other."""
+        if Waves._held not in (None, self.what.settings):
+            engines.end(self.spark, self.what.settings.tensor_parallel)
+        Waves._held = self.what.settings
+
     def check_first_use(self, line: prefix.Line) -> None:
         """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
-        what, name = self.what, f"self_check_dp {self.what.settings.dtype} {self.what.settings.hash}"
+        self.take_engines()
+        what, about = self.what, f"{self.what.settings.dtype} {self.what.settings.hash}"
         row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == what.model.model_id).head()
-        metrics = dict(row["metrics"] or {}) if row else {}
-        if name in metrics:
+        metrics, config = (dict((row[name] if row else None) or {}) for name in ("metrics", "config"))
+        if f"self_check_dp {about}" in metrics:
             self._rate = metrics.get("tokens_per_second", 0.0)
+            self.known = [Canary(**canary) for canary in json.loads(config.get(f"canaries {about}", "[]"))]
             return
         fitting = line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS)
         sample = [list(r["ids"]) for r in fitting.collect()]
         check = selfcheck.checker(
             what.settings, what.prompt.label_ids, sample, canaries(what.model, what.prompt), what.load_engine
         )
-        with engines.own_workers(self.spark):
+        with self.timed("check"), engines.own_workers(self.spark):
             found = (
                 self.spark.range(1)
                 .repartition(1)
@@ -309,42 +466,182 @@ class Waves:
                     "version of vllm, or look at the model with: check --parity --model " + what.model.path
                 )
         self._rate = found["tokens_per_second"]
-        self._register({name: found["self_check_dp"], "tokens_per_second": self._rate})
+        alone = [Canary(ids, list(p)) for ids, p in zip(sample, found["alone"], strict=True)]
+        self.known = sorted((c for c in alone if not any(map(math.isnan, c.p))), key=lambda c: len(c.ids))[:CANARIES]
+        self._register(
+            {f"self_check_dp {about}": found["self_check_dp"], "tokens_per_second": self._rate},
+            {f"canaries {about}": json.dumps([asdict(canary) for canary in self.known])},
+        )
 
     def slow_down(self, line: prefix.Line, decoded: int) -> None:
         """Makes the rate a low guess for prompts with up to `decoded` tokens written after each, for the first wave."""
         self._rate *= line.length / (line.length + line.prompts * decoded * DECODE_COST)
 
     def run_line(self, line: prefix.Line, name: str) -> None:
-        """Puts a line to the engines in waves of about `WAVE_SECONDS`; each is landed, checked, and written at once."""
+        """Puts a line to the engines in waves of about `WAVE_SECONDS`; each is merged while the next is asked.
+
+        Raises Stopped at the deadline, GaveUp where faults do not end, RuntimeError beyond `max_refused`.
+        """
         at, wave, done, began = 0, 0, 0, time.monotonic()
-        while at < line.length:
-            count = engines.count(self.spark, self.what.settings.tensor_parallel)
-            width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
-            # A last wave of a few rows would cost a commit of its own.
-            end = line.length if line.length - at < 1.25 * width else at + width
-            done += self.run_wave(line, at, end, count, f"{self.run.run_id}-{name}-{wave:04d}")
-            at, wave = end, wave + 1
-            seconds = time.monotonic() - began
-            print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
+        with ThreadPoolExecutor(1, "merge") as merger:
+            try:
+                while at < line.length:
+                    if self.deadline and datetime.now() >= self.deadline:
+                        left = f"{line.prompts - done:,} of {line.prompts:,} pairs are left"
+                        raise Stopped(f"the deadline {self.deadline:%H:%M} is reached; {left} for the next run")
+                    count = engines.count(self.spark, self.what.settings.tensor_parallel)
+                    width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
+                    # A last wave of a few rows would cost a commit of its own.
+                    end = line.length if line.length - at < 1.25 * width else at + width
+                    wave_id = f"{self.run.run_id}-{name}-{wave:04d}"
+                    answered, figures = self.ask_wave(line, at, end, count, wave_id)
+                    self._settle()
+                    if figures["rows"]:
+                        self._merging = (wave_id, figures, merger.submit(self._merge, answered, wave_id))
+                        done += int(figures["rows"])
+                    at, wave = end, wave + 1
+                    seconds = time.monotonic() - began
+                    print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
+            finally:
+                self._settle()
         if done != line.prompts:
             raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
 
-    def run_wave(self, line: prefix.Line, begin: int, end: int, shards: int, wave_id: str) -> int:
-        """Puts the interval [begin, end) of the line to the engines in so many shards; returns its rows."""
-        landed = delta.scratch(self.root, self.run.run_id, wave_id)
-        with engines.own_workers(self.spark):
-            self.ask(line.shards(begin, end, shards)).write.parquet(landed, mode="overwrite")
-        answered = self.spark.read.parquet(files.literal(landed))
-        figures = self._figures(answered)
-        if not figures["rows"]:
-            return 0
-        self.write(answered, wave_id)
-        self._tally(figures)
+    def ask_wave(
+        self, line: prefix.Line, begin: int, end: int, shards: int, wave_id: str
+    ) -> tuple[DataFrame, dict[str, Any]]:
+        """Puts the interval [begin, end) of the line to the engines; returns the landed answers and their figures.
+
+        A wave in which a canary is off, or which is mostly no answers, is dropped and asked once more, of engines that
+        are loaded anew; raises GaveUp where that does not help.
+        """
+        riders = self._riders(line, end - begin, shards)
+        for again in (False, True):
+            landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-again" if again else wave_id)
+            with self.timed("scoring"), engines.own_workers(self.spark):
+                self.ask(line.shards(begin, end, shards, riders)).write.parquet(landed, mode="overwrite")
+            crash("landed")
+            answered = self.spark.read.parquet(files.literal(landed))
+            wrong = None
+            if riders is not None:
+                wrong = self._off(answered.where("pair_id IS NULL"))
+                answered = answered.where("pair_id IS NOT NULL")
+            if wrong is None:
+                answered = self.without_poison(line, answered, wave_id)
+                figures = self._figures(answered)
+                if figures["not_finite"] > max(3, NOT_FINITE_SHARE * figures["rows"]):
+                    wrong = f"{figures['not_finite']:,} of {figures['rows']:,} answers are not numbers"
+            if wrong is None:
+                break
+            if again:
+                raise GaveUp(
+                    f"gave up: {wrong}, with engines loaded anew too. Nothing of this wave was written, earlier waves "
+                    "are kept. Look at the machine's memory and GPU, and at: check --parity --model "
+                    + self.what.model.path
+                )
+            print(f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines", flush=True)
+            engines.end(self.spark, self.what.settings.tensor_parallel)
+        crash("checked")
         if figures["seconds"]:
             self._rate = (end - begin) / figures["seconds"]
+            self._work += end - begin
+        return answered, figures
+
+    def _riders(self, line: prefix.Line, work: int, shards: int) -> DataFrame | None:
+        """Canaries for each shard of a wave, as many as `CANARY_SHARE` of the tokens of work pays for: one before the
+        shard's rows, the others behind them, where a cache that went wrong on the way shows."""
+        if not (self.rides and self.known):
+            return None
+        self._owed += CANARY_SHARE * work
+        cost = shards * sum(len(canary.ids) for canary in self.known) / len(self.known)
+        each = min(len(self.known), int(self._owed / cost))
+        if not each:
+            return None
+        self._owed -= each * cost
+        first, last = -1, 2**31 - 1  # parts of the line
+        rows = [
+            (canary.ids, len(canary.ids), 0, first if n == 0 else last, n, shard)
+            for shard in range(shards)
+            for n, canary in enumerate(self.known[:each])
+        ]
+        columns = "ids ARRAY<INT>, group_tokens INT, tokens_cut INT, part INT, position BIGINT, shard INT"
+        riders = self.spark.createDataFrame(rows, columns)
+        there = set(riders.columns)
+        others = [F.lit(None).cast(f.dataType).alias(f.name) for f in line.rows.schema if f.name not in there]
+        return riders.select("*", *others)
+
+    def _off(self, riders: DataFrame) -> str | None:
+        """A sentence where an engine answered a canary otherwise than when it was alone; None where all is well."""
+        worst = 0.0
+        for row in riders.where("outcome <> 'engine_failed'").select("position", "dtype", *P_COLUMNS).collect():
+            got, known = [row[p] for p in P_COLUMNS], self.known[row["position"]].p
+            worst = max(worst, selfcheck.largest_difference([[float("nan") if p is None else p for p in got]], [known]))
+            if not worst <= selfcheck.NOISE[row["dtype"]]:
+                return f"a canary's probabilities are off by {worst:.2e} (allowed {selfcheck.NOISE[row['dtype']]:.0e})"
+        old = self.run.figures.get("canaries_max_dp", 0.0)
+        self._measure(canaries_max_dp=max(old, worst))
+        return None
+
+    def _merge(self, answered: DataFrame, wave_id: str) -> None:
+        with self.timed("commit"):
+            self.write(answered, wave_id)
+        crash("merged")
+
+    def _settle(self) -> None:
+        """Waits for the wave that is being merged, and tells it. Raises RuntimeError beyond `max_refused`."""
+        if self._merging is None:
+            return
+        (wave_id, figures, merged), self._merging = self._merging, None
+        with self.timed("commit_waited"):
+            merged.result()
+        self._tally(figures)
+        crash("told")
         delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
-        return int(figures["rows"])
+        if self.run.counts.get("refused", 0) > self.max_refused:
+            raise RuntimeError(
+                f"stopped: {self.run.counts['refused']:,} pairs were refused, more than --max-refused "
+                f"{self.max_refused:,}. What was judged is kept; column outcome of label_probs says why. Mend the "
+                "pairs or raise the limit, and start again."
+            )
+
+    def without_poison(self, line: prefix.Line, answered: DataFrame, wave_id: str) -> DataFrame:
+        """Asks again where an engine died on its shard, in ever smaller halves: what dies alone is `engine_failed`.
+
+        A worker that dies takes its shard's answers along, and Spark's next try of the task answers all of it with
+        `engine_failed` and keeps a fresh engine. Here such shards are cut in halves, each a task of its own, until a
+        half lives or is one prompt; that one is asked twice. So a poisonous prompt costs about log2(rows) engines, a
+        death by chance two tasks, and a prompt that kills in company only is scored. Raises GaveUp where more dies than
+        a few prompts can explain.
+        """
+        if "shard" not in answered.columns or "outcome" not in answered.columns:
+            return answered
+        died = F.col("outcome") == "engine_failed"
+        suspects = list(prefix.stretches(answered.where(died)).values())
+        if not suspects:
+            return answered
+        allowed = POISONS * (max(1, math.ceil(math.log2(answered.count()))) + 1)
+        deaths, level = len(suspects), 0
+        answered = answered.where(~died)
+        while suspects:
+            print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
+            pieces = [half for stretch in suspects for half in prefix.halves(stretch)]
+            landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
+            with self.timed("scoring"), engines.own_workers(self.spark):
+                self.ask(line.pieces(pieces)).write.parquet(landed, mode="overwrite")
+            asked = self.spark.read.parquet(files.literal(landed))
+            dead = prefix.stretches(asked.where(died))
+            alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
+            answered = answered.unionByName(asked.where(~died | F.col("shard").isin(alone)))
+            suspects = [stretch for number, stretch in dead.items() if number not in alone]
+            deaths, level = deaths + len(dead) + len(alone), level + 1
+            if deaths > allowed:
+                raise GaveUp(
+                    f"gave up: engines died {deaths} times in one wave, more than {POISONS} bad pairs explain. Nothing "
+                    "of this wave was written, earlier waves are kept. The executors' logs say what the engine died "
+                    "of; often it is memory (--max-num-seqs, --max-num-batched-tokens, --kv-cache-gib)."
+                )
+        self._count(engine_deaths=deaths)
+        return answered
 
     def _figures(self, answered: DataFrame) -> dict[str, Any]:
         done = F.col("outcome") == self.done
@@ -352,14 +649,16 @@ class Waves:
         row = answered.agg(
             F.count("*").alias("rows"),
             F.count_if(done).alias("done"),
+            F.count_if(F.col("outcome") == "not_finite").alias("not_finite"),
             F.sum("p_outside" if "p_outside" in there else F.lit(None)).alias("outside"),
             F.sum("answer_tokens" if "answer_tokens" in there else F.lit(None)).alias("generated"),
             F.sum(F.when(done, F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
             F.sum("tokens_cut").alias("cut"),
             F.sum("engine_seconds").alias("seconds"),
+            F.sum("startup_seconds").alias("startup"),
             F.collect_set("engine_id").alias("engines"),
-            F.first("engine_version").alias("version"),
-            F.first("dtype").alias("dtype"),
+            F.first("engine_version", ignorenulls=True).alias("version"),
+            F.first("dtype", ignorenulls=True).alias("dtype"),
         ).collect()[0]
         return row.asDict()
 
@@ -367,7 +666,6 @@ class Waves:
         """Adds a written wave to the run's row, and writes it now and then: a killed run shows how far it came."""
         rows, done = int(figures["rows"]), int(figures["done"])
         self._count(**{self.done: done}, refused=rows - done)
-        seconds = float(figures["seconds"])
         self._add(tokens_cut=int(figures["cut"]), waves=1)
         for name in ("computed", "generated"):
             if figures[name] is not None:
@@ -378,16 +676,30 @@ class Waves:
         all_done = self.run.counts[self.done]
         self.run = replace(
             self.run,
-            engine_seconds=(self.run.engine_seconds or 0.0) + seconds,
+            engine_seconds=(self.run.engine_seconds or 0.0) + float(figures["seconds"]),
             engine_loads=len(self._engines),
             p_outside=self._outside / all_done if all_done and self._outside is not None else None,
-            dtype=str(figures["dtype"]),
-            engine_version=str(figures["version"]),
+            dtype=figures["dtype"] or self.run.dtype,
+            engine_version=figures["version"] or self.run.engine_version,
             settings_hash=self.settings_hash,
         )
+        self.seconds["startup"] += float(figures["startup"] or 0.0) / max(1, len(figures["engines"]))
+        self._split()
         if time.monotonic() - self._told > TOLD_SECONDS:
             runs.write(self.spark, self.root, self.run)
             self._told = time.monotonic()
+
+    def _split(self) -> None:
+        """Wall time by what it went to, into the run's figures. seconds_scoring is all the time that engines were
+        asked; of it, a mean engine was loading (startup), at work (engine), or waiting (idle). commit_waited is the
+        part of commit that did not overlap with scoring."""
+        busy = (self.run.engine_seconds or 0.0) / max(1, engines.count(self.spark, self.what.settings.tensor_parallel))
+        idle = max(0.0, self.seconds["scoring"] - self.seconds["startup"] - busy)
+        told = {**self.seconds, "engine": busy, "idle": idle}
+        total = (datetime.now(UTC) - self.run.started_at.replace(tzinfo=UTC)).total_seconds()
+        self._measure(**{f"seconds_{k}": v for k, v in told.items()}, seconds_total=total)
+        if self.run.engine_seconds:
+            self._measure(tokens_per_second=self._work / self.run.engine_seconds)
 
     def _count(self, **more: int) -> None:
         counts = self.run.counts | {k: self.run.counts.get(k, 0) + v for k, v in more.items()}
@@ -397,10 +709,13 @@ class Waves:
         sums: dict[str, Any] = {name: (getattr(self.run, name) or 0) + value for name, value in more.items()}
         self.run = replace(self.run, **sums)
 
+    def _measure(self, **figures: float) -> None:
+        self.run = replace(self.run, figures=self.run.figures | {name: float(value) for name, value in figures.items()})
+
     def _profile(self) -> ResourceProfile | None:
         return engines.profile(self.spark, self.what.settings.tensor_parallel)
 
-    def _register(self, metrics: dict[str, float]) -> None:
+    def _register(self, metrics: dict[str, float], config: dict[str, str]) -> None:
         """What is known of the model stays; a folder that was trained elsewhere tells its story in training.json."""
         model, recipe = self.what.model, adapter.recipe(self.what.model.path)
         row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == model.model_id).head()
@@ -417,6 +732,7 @@ class Waves:
         # A merged folder lies inside its adapter's, which a later stage goes on with.
         path = known.get("path")
         known |= {"path": path if path and Path(model.path).is_relative_to(path) else model.path, "metrics": measured}
+        known["config"] = {**(known.get("config") or {}), **config}
         values = [known.get(name) for name in tables.MODELS.names]
         delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [values]))
 
@@ -429,12 +745,16 @@ def likeliest() -> Column:
 
 
 class Night(Waves):
-    """One run over the change feed: scores each batch, and forgets pairs that are gone."""
+    """One run over `pairs`: scores those whose present text this model has not judged, forgets pairs that are gone."""
+
+    rides = True
 
     def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
         super().__init__(spark, root, what, run)
+        self.also: list[Night] = []  # other models that are kept current
         self.error: BaseException | None = None
         self._version = 0  # of pairs, at which the batch was read
+        self.between = threading.Lock()  # held while a batch is worked on
 
     def forget_removed_pairs(self) -> None:
         """Removes label_probs rows, of all models, whose pair is gone."""
@@ -444,38 +764,96 @@ class Night(Waves):
         if not orphans.isEmpty():
             gone = delta.delete(self.spark, self.root, "label_probs", orphans, ("pair_id",))
             self._count(removed=gone)
-            print(f"{JOB}: removed {gone:,} rows of pairs that are gone", flush=True)
+            print(f"{self.run.job}: removed {gone:,} rows of pairs that are gone", flush=True)
 
     def batch(self, changes: DataFrame, batch_id: int) -> None:
         """One micro-batch of the change feed (foreachBatch)."""
-        try:
-            kinds = {row["_change_type"] for row in changes.select("_change_type").distinct().collect()}
-            if "delete" in kinds:
-                self.forget_removed_pairs()
-            if kinds & {"insert", "update_postimage"}:
-                changed = changes.where(F.col("_change_type").isin("insert", "update_postimage"))
-                self.score_changed(changed.select("pair_id").distinct(), f"{batch_id:04d}")
-        except BaseException as error:
-            self.error = error  # Spark wraps it in a page of Java
-            raise
+        with self.between:
+            try:
+                self._batch(changes, f"{batch_id:04d}")
+            except BaseException as error:
+                self.error = error  # Spark wraps it in a page of Java
+                raise
+        crash("batch")
+
+    def _batch(self, changes: DataFrame, name: str) -> None:
+        kinds = {row["_change_type"] for row in changes.select("_change_type").distinct().collect()}
+        if "delete" in kinds:
+            self.forget_removed_pairs()
+        if kinds & {"insert", "update_postimage"}:
+            changed = changes.where(F.col("_change_type").isin("insert", "update_postimage"))
+            changed = changed.select("pair_id").distinct()
+            for night in (self, *self.also):
+                night.score_changed(changed, name)
+
+    def judged(self) -> DataFrame:
+        """What this model and prompt have judged."""
+        return delta.read(self.spark, self.root, "label_probs").where(
+            (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
+        )
+
+    def pairs(self) -> DataFrame:
+        """`pairs` as they are at this moment, which is the version that the next rows will name."""
+        self._version = delta.version(self.spark, self.root, "pairs")
+        return delta.read(self.spark, self.root, "pairs", self._version)
+
+    def retry_failed(self) -> None:
+        """Asks again for the pairs on which an engine died."""
+        failed = F.col("outcome") == "engine_failed"
+        judged = self.judged()
+        seen = self.pairs().join(judged.where(failed).select("pair_id"), "pair_id", how="left_semi")
+        self.score(seen, "retried", judged.where(~failed))
 
     def score_changed(self, changed: DataFrame, name: str) -> None:
         """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
-        self._version = delta.version(self.spark, self.root, "pairs")
-        seen = delta.read(self.spark, self.root, "pairs", self._version).join(changed, "pair_id", how="left_semi")
-        judged = delta.read(self.spark, self.root, "label_probs").where(
-            (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
-        )
-        todo = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
+        self.score(self.pairs().join(changed, "pair_id", how="left_semi"), name, self.judged())
+
+    def score(self, seen: DataFrame, name: str, judged: DataFrame) -> prefix.Line:
+        """Scores those of `seen` (of `pairs`) whose text is not in `judged`, most wanted first; returns their line."""
         started = time.monotonic()
-        line = self.land_line(rendered(todo, self.what.prompt), name)
-        total = seen.count()
+        line, total = self.plan(seen, name, judged)
         self._count(seen=total, skipped=total - line.prompts)
-        if not line.prompts:
-            return
-        self.planned(line, total, time.monotonic() - started)
-        self.check_first_use(line)
-        self.run_line(line, name)
+        if line.prompts:
+            self.planned(line, total, time.monotonic() - started)
+            crash("planned")
+            self.check_first_use(line)
+            self.run_line(line, name)
+            self.ask_again(line)
+        return line
+
+    def plan(
+        self, seen: DataFrame, name: str, judged: DataFrame, wanted: Column | None = None
+    ) -> tuple[prefix.Line, int]:
+        """The line of the pairs that are to be scored, and how many were looked at.
+
+        `wanted`: what comes first, highest first (default: the pairs' weight, where they bear one).
+        """
+        by = (F.col("weight") if wanted is None else wanted).cast("double")
+        told = seen.agg(F.count("*"), F.min(by), F.max(by), F.count_if(by.isNull())).collect()[0]
+        total, low, high, without = tuple(told)
+        todo = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
+        if low is not None and (low < high or without):
+            todo = in_portions(
+                todo, by, ("locale", "product_id") if self.what.prompt.first == "product" else ("query",)
+            )
+        return self.land_line(rendered(todo, self.what.prompt), name), total
+
+    def planned(self, line: prefix.Line, total: int, seconds: float) -> None:
+        """Tells also what the other order inside the prompt would have cost: roughly, the other part of each pair."""
+        super().planned(line, total, seconds)
+        second = F.size("ids") - F.col("group_tokens")
+        by = ("query",) if self.what.prompt.first == "product" else ("locale", "product_id")
+        head = line.rows.agg(F.min("group_tokens")).collect()[0][0]  # what all prompts share is at most that long
+        groups = line.rows.groupBy(*by).agg(
+            F.max(second).alias("once"), F.sum(F.col("group_tokens") - head).alias("each"), F.count("*").alias("rows")
+        )
+        other = groups.agg(F.sum("once") + F.sum("each")).collect()[0][0] + head
+        self._measure(other_order_tokens=float(other))
+        print(
+            f"{self.run.job}: {self.what.prompt.first} first computes {line.trie_nodes:,} tokens with a perfect cache; "
+            f"the other order would compute about {other:,}",
+            flush=True,
+        )
 
     def ask(self, rows: DataFrame) -> DataFrame:
         """Label probabilities for the wave's prompts."""
@@ -485,6 +863,11 @@ class Night(Waves):
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Merges the wave into `label_probs`."""
         what = self.what
+        if delta.version(self.spark, self.root, "pairs") != self._version:
+            # An answer to a text that is no longer the pair's, or to a pair that is gone, is dropped: another run may
+            # have judged the present text, or taken it from an earlier row with the same text, and never comes back.
+            present = delta.read(self.spark, self.root, "pairs").select("pair_id", "content_hash")
+            answered = answered.join(present, ["pair_id", "content_hash"], how="left_semi")
         new = answered.select(
             "pair_id",
             F.lit(what.model.model_id).alias("model_id"),
@@ -504,8 +887,107 @@ class Night(Waves):
             F.current_timestamp().alias("scored_at"),
         )
         # A writer that slept must not put old text over new; and what another run scored meanwhile stays.
-        newer = "new.pairs_version >= old.pairs_version AND new.content_hash <> old.content_hash"
+        newer = (
+            "new.pairs_version >= old.pairs_version AND (new.content_hash <> old.content_hash "
+            "OR old.outcome = 'engine_failed' AND new.outcome <> 'engine_failed')"
+        )
         delta.upsert(self.spark, self.root, "label_probs", new, newer)
+
+    def ask_again(self, line: prefix.Line) -> None:
+        """Once a run, some of its pairs in another order and other company: how far their probabilities move is the
+        noise under every figure and every cut."""
+        if "noise_pairs" in self.run.figures:
+            return
+        count = min(NOISE_SAMPLE, max(4, int(line.prompts * CANARY_SHARE)))
+        some = line.rows.where(F.size("ids") < self.what.settings.max_model_len)
+        some = some.orderBy(F.xxhash64("pair_id")).limit(count)
+        with self.timed("check"), engines.own_workers(self.spark):
+            again = {row["pair_id"]: row for row in self.ask(some.repartition(1)).collect()}
+        first = self.judged().where(F.col("pair_id").isin(list(again)) & (F.col("outcome") == "scored")).collect()
+        both = [(row, again[row["pair_id"]]) for row in first]
+        both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"] and b["outcome"] == "scored"]
+        moved = [abs(a[p] - b[p]) for a, b in both for p in P_COLUMNS]
+        if moved:
+            flips = sum(max(P_COLUMNS, key=a.__getitem__) != max(P_COLUMNS, key=b.__getitem__) for a, b in both)
+            mean = sum(moved) / len(moved)
+            self._measure(noise_pairs=len(both), noise_max_dp=max(moved), noise_mean_dp=mean, noise_flips=flips)
+
+    def close(self, status: str = "done", message: str | None = None) -> runs.Run:
+        """Writes the run's gates and its end; returns its row."""
+        self._split()
+        told = self.gates()
+        if told:
+            delta.append(self.spark, self.root, "gates", delta.rows(self.spark, "gates", told))
+        for _, name, level, found, allowed, note in told:
+            if level != "ok":
+                print(
+                    f"{self.run.job}: gate {name}: {level}, found {found:.3g}, allowed {allowed:.3g}: {note}",
+                    flush=True,
+                )
+        self.run = runs.finish(self.spark, self.root, self.run, status, message)
+        print(summary(self.run), flush=True)
+        return self.run
+
+    def gates(self) -> list[tuple[str, str, str, float | None, float, str]]:
+        """What was looked at, as rows of `gates`; also keeps the mix of labels for the next run to compare with."""
+        counts, run_id = self.run.counts, self.run.run_id
+        scored, refused = counts.get("scored", 0), counts.get("refused", 0)
+        if not scored + refused:
+            return []
+        present = delta.read(self.spark, self.root, "pairs").select("pair_id", F.col("content_hash").alias("text"))
+        mine = (F.col("run_id") == run_id) & (F.col("outcome") == "scored")
+        by_label = (
+            present.join(self.judged(), "pair_id", how="left")
+            .groupBy(F.when(mine, likeliest()).alias("label"))
+            .agg(F.count("*").alias("pairs"), F.count_if(~F.col("content_hash").eqNullSafe(F.col("text"))).alias("old"))
+            .collect()
+        )
+        mix = {row["label"]: row["pairs"] for row in by_label if row["label"]}
+        shares = {label: mix.get(label, 0) / max(1, sum(mix.values())) for label in LABELS}
+        self._measure(**{f"mix_{label}": shares[label] for label in LABELS})
+        same = (F.col("model_id") == self.run.model_id) & (F.col("prompt_id") == self.run.prompt_id)
+        enough = (F.col("counts")["scored"] >= MIX_PAIRS) & F.col("figures")["mix_4"].isNotNull()
+        before = delta.read(self.spark, self.root, "runs").where(same & enough & (F.col("run_id") != run_id))
+        last = before.orderBy(F.desc("started_at")).select("figures").head() if scored >= MIX_PAIRS else None
+        shift = sum(abs(shares[label] - last["figures"][f"mix_{label}"]) for label in LABELS) / 2 if last else None
+        pairs, old = (sum(row[name] for row in by_label) for name in ("pairs", "old"))
+        noise = selfcheck.NOISE.get(self.run.dtype or "", 0.0)
+        looked = [
+            ("refused_share", refused / (scored + refused), 0.05, "warn", "of this run's rows have no probabilities"),
+            ("outside_mass", self.run.p_outside, 0.2, "warn", "mean mass on anything but the four labels"),
+            ("mix_shift", shift, 0.2, "warn", "of the likeliest labels moved against the run before"),
+            ("freshness", old / max(1, pairs), 0.0, "warn", "of the pairs are not judged as they are now"),
+            (
+                "canaries",
+                self.run.figures.get("canaries_max_dp"),
+                noise,
+                "fail",
+                "canaries against themselves, max |Δp|",
+            ),
+            (
+                "noise",
+                self.run.figures.get("noise_max_dp"),
+                noise,
+                "fail",
+                "pairs asked again in another order, max |Δp|",
+            ),
+        ]
+        return [
+            (run_id, name, "ok" if found is None or found <= allowed else level, found, allowed, note)
+            for name, found, allowed, level, note in looked
+        ]
+
+
+def in_portions(pairs: DataFrame, wanted: Column, group: Sequence[str]) -> DataFrame:
+    """Adds `portion`, 0 first: what shares a prefix (`group`) stays together, and comes with its most wanted pair."""
+    best = pairs.groupBy(*group).agg(F.max(wanted).alias("best"))
+    cuts = best.approxQuantile("best", [n / PORTIONS for n in range(1, PORTIONS)], 0.01)
+    portion = F.lit(0)
+    for cut in sorted(set(cuts)):
+        portion = portion + F.when(F.col("best") >= cut, 0).otherwise(1)  # null: last
+    keyed = best.select(*(F.col(c).alias(f"group_{c}") for c in group), portion.alias("portion"))
+    same = [F.col(c).eqNullSafe(F.col(f"group_{c}")) for c in group]
+    return pairs.join(keyed, same, how="inner").drop(*(f"group_{c}" for c in group))
 
 
 def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:

@@ -2,16 +2,27 @@
 
 An engine fills its executor: all its cores, or its GPUs. So scoring tasks ask for all of them. In local mode, where
 Spark takes no such request, a wave is one shard, so there is one scoring task at a time there too.
+
+An engine is loaded once for a night because its Python worker stays. Spark ends a Python worker that was idle for a
+minute (a constant, not a setting), and between two batches of a stream that is often so. `kept_alive` therefore gives
+the idle workers a task of a moment every half minute. An engine process beside Spark, on a lease, would outlive its
+worker without this, but also its executor: it needs a port, a registry and a reaper, and holds its memory until the
+lease lapses. With the engine in the worker, whatever ends the worker, executor or driver ends it too.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow as pa
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
+TOUCH_SECONDS = 25.0  # Spark looks every ten seconds for workers idle for sixty
 _GPUS = "spark.executor.resource.gpu.amount"
 
 
@@ -74,3 +85,58 @@ def own_workers(spark: SparkSession) -> Iterator[None]:
         yield
     finally:
         del environment["TAOSR1_WORKER"]
+
+
+@contextmanager
+def kept_alive(spark: SparkSession, tensor_parallel: int, between: threading.Lock) -> Iterator[None]:
+    """Touches the engines' workers now and then whenever `between`, which who uses the engines holds, is free.
+
+    Before the first use it starts one worker an engine, without an engine in it. A touch beside a scoring task would
+    start a second worker, which the next scoring task might take: hence the lock.
+    """
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(TOUCH_SECONDS):
+            if not between.acquire(blocking=False):
+                continue
+            try:
+                count_now = count(spark, tensor_parallel)
+                with own_workers(spark):
+                    rows = spark.range(count_now).repartition(count_now)
+                    touched = rows.mapInArrow(_touched, "id BIGINT", profile=profile(spark, tensor_parallel))
+                touched.collect()
+            except Exception as error:  # the stream's own error is the one to tell
+                print(f"engines: not touched ({str(error).splitlines()[0] if str(error) else error!r})", flush=True)
+            finally:
+                between.release()
+
+    thread = threading.Thread(target=touch, name="keep-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def end(spark: SparkSession, tensor_parallel: int = 1) -> None:
+    """Ends the engines' workers, and with them their engines; the next scoring task meets a fresh worker."""
+    rows = spark.range(count(spark, tensor_parallel)).repartition(count(spark, tensor_parallel))
+    with own_workers(spark):
+        rows.mapInArrow(_ended, "id BIGINT", profile=profile(spark, tensor_parallel)).collect()
+
+
+def _ended(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    if context is not None and context.attemptNumber() == 0:
+        time.sleep(0.3)  # so that no executor takes two
+        os._exit(0)
+    yield from batches
+
+
+def _touched(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    time.sleep(0.3)  # so that no executor takes two
+    yield from batches

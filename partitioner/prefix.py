@@ -50,10 +50,12 @@ def lined_up(prompts: DataFrame, parts: int, block: int) -> DataFrame:
     """Sorts prompts by token ids into `parts` consecutive parts and measures each row against the one before it.
 
     `prompts`: `ids` ARRAY<INT> (the prompt), `group_tokens` INT (length of its first part, that of the product or
-    whatever else comes first; rows of equal first parts stay together), and columns that pass through.
-    Returns these and `MEASURES`. The measures of a part's first row take nothing from the part before: see `Line`.
+    whatever else comes first; rows of equal first parts stay together), and columns that pass through. Where there is a
+    column `portion` INT, a lower portion comes before a higher one. Returns these and `MEASURES`. The measures of a
+    part's first row take nothing from the part before: see `Line`.
     """
-    ordered = prompts.repartitionByRange(parts, "ids").sortWithinPartitions("ids")
+    by = [name for name in ("portion", "ids") if name in prompts.columns]
+    ordered = prompts.repartitionByRange(parts, *by).sortWithinPartitions(*by)
     schema = StructType(prompts.schema.fields + MEASURES)
     return ordered.mapInArrow(_measure(block), schema).select(*schema.names)
 
@@ -96,6 +98,40 @@ def _measure(block: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.Rec
     return measure
 
 
+# Neighbours on the line: positions lo..hi, both included, of a part; in order.
+Stretch = list[tuple[int, int, int]]
+
+
+def stretches(rows: DataFrame) -> dict[int, Stretch]:
+    """The rows of each `shard`, as stretches of the line; a shard's rows must be neighbours."""
+    found: dict[int, Stretch] = {}
+    ends = rows.groupBy("shard", "part").agg(F.min("position").alias("lo"), F.max("position").alias("hi"))
+    for row in ends.orderBy("shard", "part").collect():
+        found.setdefault(row["shard"], []).append((row["part"], row["lo"], row["hi"]))
+    return found
+
+
+def length(stretch: Stretch) -> int:
+    """Rows in a stretch."""
+    return sum(hi - lo + 1 for _, lo, hi in stretch)
+
+
+def halves(stretch: Stretch) -> list[Stretch]:
+    """A stretch cut in the middle; one row stays one piece."""
+    half = length(stretch) // 2
+    if not half:
+        return [stretch]
+    pieces: list[Stretch] = [[], []]
+    for part, lo, hi in stretch:
+        left = min(half, hi - lo + 1)
+        half -= left
+        if left:
+            pieces[0].append((part, lo, lo + left - 1))
+        if lo + left <= hi:
+            pieces[1].append((part, lo + left, hi))
+    return pieces
+
+
 @dataclass(frozen=True)
 class Line:
     """A landed line: where each part begins on it, and its totals. Memory on the driver: one entry a part.
@@ -113,8 +149,10 @@ class Line:
     trie_nodes: int
     block_floor: int
 
-    def shards(self, begin: int, end: int, count: int) -> DataFrame:
+    def shards(self, begin: int, end: int, count: int, riders: DataFrame | None = None) -> DataFrame:
         """The rows whose cut point lies in [begin, end) of the line, each in one of `count` shards of equal work.
+
+        `riders`: other rows, with the line's columns and their `shard`, that are put among them by part and position.
 
         Every shard is a partition, so a task, of its own, ordered by token ids. Column `shard` is 0..count-1.
         """
@@ -128,10 +166,21 @@ class Line:
         start_of = F.create_map(*[F.lit(x) for pair in here.items() for x in pair])
         at = start_of[F.col("part")] + F.col("anchor") - begin
         width = max(1, end - begin)
+        rows = self.rows.where(inside).withColumn("shard", F.floor(at * count / width).cast("int"))
+        rows = rows if riders is None else rows.unionByName(riders)
+        return rows.repartitionById(count, "shard").sortWithinPartitions("part", "position")
+
+    def pieces(self, stretches: list[Stretch]) -> DataFrame:
+        """The rows of some stretches, each a partition of its own; column `shard` is the stretch's number."""
+        inside = [
+            F.when((F.col("part") == part) & F.col("position").between(lo, hi), F.lit(number))
+            for number, stretch in enumerate(stretches)
+            for part, lo, hi in stretch
+        ]
         return (
-            self.rows.where(inside)
-            .withColumn("shard", F.floor(at * count / width).cast("int"))
-            .repartitionById(count, "shard")
+            self.rows.withColumn("shard", F.coalesce(*inside))
+            .where(F.col("shard").isNotNull())
+            .repartitionById(len(stretches), "shard")
             .sortWithinPartitions("part", "position")
         )
 

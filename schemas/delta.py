@@ -7,12 +7,15 @@ part of an SQL text.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from delta.exceptions import (
@@ -26,7 +29,9 @@ from delta.exceptions import (
 from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark import SparkConf, SparkContext
 from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql.types import StructType
 
+from schemas.crash import crash
 from schemas.tables import TABLES, Table
 
 PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
@@ -40,6 +45,8 @@ CONF = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "512",
     # A lost commit response must not append twice (off by default in 4.4.0).
     "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
+    # A stream that stays commits a few rows a minute: from 50 small files on, a commit puts them together.
+    "spark.databricks.delta.autoCompact.enabled": "true",
     "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",
     # A Python worker that says nothing for half an hour (a stopped process: its own watchdog cannot speak) is ended.
     "spark.python.worker.idleTimeoutSeconds": "1800",
@@ -56,6 +63,9 @@ LOCAL_CONF = {
     "spark.driver.host": "127.0.0.1",
 }
 _COMMIT_TRIES = 10
+LOCK = "_commit.lock"
+LOCK_SECONDS = 600.0  # a commit takes seconds; its holder was stopped, or its disk is gone
+_alone = threading.Lock()
 # In Delta's Python these have no common base but PySparkException.
 _LOST_RACES = (
     ConcurrentAppendException,
@@ -66,6 +76,10 @@ _LOST_RACES = (
     DeltaConcurrentModificationException,
 )
 _R = TypeVar("_R")
+
+
+class GaveUp(RuntimeError):
+    """A fault that did not go away however often it was tried; nothing half is written. Exit code 4."""
 
 
 def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
@@ -122,11 +136,14 @@ def exists(spark: SparkSession, root: str, name: str) -> bool:
 def prepare(spark: SparkSession, root: str) -> None:
     """Creates the tables that are missing under `root`, in one commit each, and checks those that are there.
 
-    Raises ValueError with every difference where a table does not fit: tables are never changed on the side.
+    Raises ValueError with every difference where a table does not fit: tables are never changed on the side. And where
+    two jobs at once could lose each other's commits without noticing.
     """
+    refuse_silent_loss(spark, root)
     for table in TABLES.values():
         if not exists(spark, root, table.name):
-            spark.sql(ddl(root, table))
+            with alone(spark, root):
+                spark.sql(ddl(root, table))
         differences = misfits(spark, root, table)
         if differences:
             raise ValueError(
@@ -134,6 +151,60 @@ def prepare(spark: SparkSession, root: str) -> None:
                 + "; ".join(differences)
                 + ". Nothing was written. Mend it with ALTER TABLE as named, or use another --tables folder."
             )
+
+
+def refuse_silent_loss(spark: SparkSession, root: str) -> None:
+    """S3 takes the place of an object without a word, so there Delta sees no second writer unless it is told how."""
+    scheme = root.partition("://")[0] if "://" in root else ""
+    key = f"spark.delta.logStore.{scheme}.impl"
+    if scheme in ("s3", "s3a", "s3n") and not spark.sparkContext.getConf().get(key):
+        raise ValueError(
+            f"{root}: on S3 two jobs at once can overwrite each other's commits, and nothing would tell. Start with "
+            f"--conf {key}=io.delta.storage.S3DynamoDBLogStore (and its table; Delta's documentation, Multi-cluster "
+            "setup). If you see to it that only one job writes at a time, say so: "
+            f"--conf {key}=io.delta.storage.S3SingleDriverLogStore"
+        )
+
+
+def try_to_write(spark: SparkSession, root: str) -> None:
+    """Makes the folder and a file under it, and removes the file. Raises what the storage says."""
+    jvm: Any = spark._jvm
+    file = jvm.org.apache.hadoop.fs.Path(f"{root.rstrip('/')}/_written")
+    storage = file.getFileSystem(spark._jsc.hadoopConfiguration())
+    storage.create(file, True).close()
+    storage.delete(file, False)
+
+
+@contextmanager
+def alone(spark: SparkSession, root: str) -> Iterator[None]:
+    """Where the tables lie in a local folder: no other driver commits meanwhile. Elsewhere the storage itself sees.
+
+    Delta's own log store looks whether a local log file exists and then renames onto it, which two processes can do at
+    once. The lock is the JVM's on ROOT/_commit.lock, so it ends with the process that commits, however that ends.
+    Raises GaveUp where another process holds it for ten minutes.
+    """
+    folder = root.removeprefix("file:")
+    if "://" in folder.lstrip("/") or not folder.startswith("/"):
+        yield
+        return
+    folder = "/" + folder.lstrip("/")
+    jvm: Any = spark._jvm
+    with _alone:  # the JVM's lock is between processes; inside one it raises
+        os.makedirs(folder, exist_ok=True)
+        file = jvm.java.io.RandomAccessFile(os.path.join(folder, LOCK), "rw")
+        try:
+            until = time.monotonic() + LOCK_SECONDS
+            while file.getChannel().tryLock() is None:
+                if time.monotonic() > until:
+                    raise GaveUp(
+                        f"another process holds {os.path.join(folder, LOCK)} for {LOCK_SECONDS:.0f} s: a job that was "
+                        f"stopped inside a commit (see: fuser {os.path.join(folder, LOCK)}). Let it go on or end it; "
+                        "nothing of this commit was written."
+                    )
+                time.sleep(0.05)
+            yield
+        finally:
+            file.close()
 
 
 def ddl(root: str, table: Table) -> str:
@@ -152,7 +223,8 @@ def ddl(root: str, table: Table) -> str:
 def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
     """How the table on disk differs from the contract, one sentence a difference with the SQL that mends it."""
     where = _quoted(root, table.name)
-    found = {f.name: f for f in spark.read.format("delta").load(path(root, table.name)).schema.fields}
+    snapshot = _snapshot(spark, root, table.name)
+    found = {f.name: f for f in StructType.fromJson(json.loads(snapshot.metadata().schemaString())).fields}
     differences = []
     for column in table.columns:
         if column.name not in found:
@@ -168,20 +240,28 @@ def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
                 f"column {column.name} may be null (ALTER TABLE {where} ALTER COLUMN {column.name} SET NOT NULL)"
             )
     differences += [f"column {name} is not in the contract" for name in found if name not in table.names]
-    detail = DeltaTable.forPath(spark, path(root, table.name)).detail().select("properties", "minReaderVersion").head()
-    if detail is None:
-        raise ValueError(f"table {path(root, table.name)} cannot be described")
+    properties, entries = {}, snapshot.metadata().configuration().iterator()
+    while entries.hasNext():
+        entry = entries.next()
+        properties[entry._1()] = entry._2()
     for key, value in table.properties.items():
         # Delta drops properties that were set to their default; constraints and the change feed must be there.
-        if detail["properties"].get(key, value if key in ("delta.columnMapping.mode",) else "") != value:
+        if properties.get(key, value if key in ("delta.columnMapping.mode",) else "") != value:
             if key.startswith("delta.constraints."):
                 mend = f"ALTER TABLE {where} ADD CONSTRAINT {key.removeprefix('delta.constraints.')} CHECK ({value})"
             else:
                 mend = f"ALTER TABLE {where} SET TBLPROPERTIES ('{key}' = '{value}')"
             differences.append(f"property {key} is not {value!r} ({mend})")
-    if detail["minReaderVersion"] > 1:
-        differences.append(f"reader protocol is {detail['minReaderVersion']}, wanted 1 (other readers need it)")
+    if (reader := snapshot.protocol().minReaderVersion()) > 1:
+        differences.append(f"reader protocol is {reader}, wanted 1 (other readers need it)")
     return differences
+
+
+def _snapshot(spark: SparkSession, root: str, name: str) -> Any:
+    """The JVM's view of a table's newest version: its metadata, without a Spark job (`detail()` and `history()` run
+    one each, a second on a small machine)."""
+    log = spark._jvm.org.apache.spark.sql.delta.DeltaLog  # type: ignore[union-attr]
+    return log.forTableWithSnapshot(spark._jsparkSession, path(root, name))._2()
 
 
 def read(spark: SparkSession, root: str, name: str, version: int | None = None) -> DataFrame:
@@ -203,10 +283,7 @@ def changes(spark: SparkSession, root: str, name: str) -> DataFrame:
 
 def version(spark: SparkSession, root: str, name: str) -> int:
     """The table's newest Delta version."""
-    row = DeltaTable.forPath(spark, path(root, name)).history(1).select("version").head()
-    if row is None:
-        raise ValueError(f"table {path(root, name)} has no history")
-    return int(row["version"])
+    return int(_snapshot(spark, root, name).version())
 
 
 def register(spark: SparkSession, root: str) -> list[str]:
@@ -240,7 +317,7 @@ def drop_scratch(spark: SparkSession, root: str, run_id: str, name: str = "") ->
 
 def append(spark: SparkSession, root: str, name: str, rows: DataFrame) -> None:
     """Adds rows whose keys are new, in one commit; a third of the time of an `upsert`."""
-    _committed(lambda: rows.write.format("delta").mode("append").save(path(root, name)))
+    _committed(spark, root, lambda: rows.write.format("delta").mode("append").save(path(root, name)))
 
 
 def upsert(spark: SparkSession, root: str, name: str, rows: DataFrame, changed: str = "true") -> dict[str, int]:
@@ -262,7 +339,7 @@ def upsert(spark: SparkSession, root: str, name: str, rows: DataFrame, changed: 
             .whenNotMatchedInsert(values={c: f"new.{c}" for c in names})
         )
 
-    return _merged(build)
+    return _merged(spark, root, build)
 
 
 def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple[str, ...]) -> int:
@@ -273,7 +350,7 @@ def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple
         target = DeltaTable.forPath(spark, path(root, name)).alias("old")
         return target.merge(keys.select(*on).distinct().alias("new"), matched).whenMatchedDelete()
 
-    return _merged(build)["deleted"]
+    return _merged(spark, root, build)["deleted"]
 
 
 def claim(spark: SparkSession, root: str, name: str, rows: DataFrame, on: str) -> bool:
@@ -284,7 +361,7 @@ def claim(spark: SparkSession, root: str, name: str, rows: DataFrame, on: str) -
         new = rows.select(*TABLES[name].names).alias("new")
         return target.merge(new, f"old.{on} = new.{on}").whenNotMatchedInsertAll()
 
-    return _merged(build)["inserted"] > 0
+    return _merged(spark, root, build)["inserted"] > 0
 
 
 def update(spark: SparkSession, root: str, name: str, where: Column, values: dict[str, str | Column]) -> None:
@@ -292,7 +369,28 @@ def update(spark: SparkSession, root: str, name: str, where: Column, values: dic
 
     So a row can be compared and swapped: what another writer has committed first is what `where` and `values` see.
     """
-    _committed(lambda: DeltaTable.forPath(spark, path(root, name)).update(where, values))
+    _committed(spark, root, lambda: DeltaTable.forPath(spark, path(root, name)).update(where, values))
+
+
+def size(spark: SparkSession, root: str, name: str) -> tuple[int, int]:
+    """Files of the table's newest version, and their bytes."""
+    row = DeltaTable.forPath(spark, path(root, name)).detail().select("numFiles", "sizeInBytes").head()
+    return (int(row[0]), int(row[1])) if row else (0, 0)
+
+
+def optimize(spark: SparkSession, root: str, name: str) -> int:
+    """Joins small files, and sorts them by the clustering columns; returns how many were joined."""
+    found = _committed(spark, root, lambda: DeltaTable.forPath(spark, path(root, name)).optimize().executeCompaction())
+    return sum(int(row[0]) for row in found.select("metrics.numFilesRemoved").collect())
+
+
+def vacuum(spark: SparkSession, root: str, name: str, keep_days: int) -> int:
+    """Deletes files that no version of the last days needs; returns how many (Delta names no more than 1,000)."""
+    hours = 24 * keep_days
+    going = spark.sql(f"VACUUM {_quoted(root, name)} RETAIN {hours:d} HOURS DRY RUN").count()
+    if going:
+        _committed(spark, root, lambda: DeltaTable.forPath(spark, path(root, name)).vacuum(hours))
+    return going
 
 
 def sync(spark: SparkSession, root: str, name: str, changes: DataFrame) -> dict[str, int]:
@@ -309,12 +407,12 @@ def sync(spark: SparkSession, root: str, name: str, changes: DataFrame) -> dict[
         merge = merge.whenMatchedDelete("new.gone").whenMatchedUpdate(set=values)
         return merge.whenNotMatchedInsert("NOT new.gone", values)
 
-    return _merged(build)
+    return _merged(spark, root, build)
 
 
-def _merged(build: Callable[[], DeltaMergeBuilder]) -> dict[str, int]:
+def _merged(spark: SparkSession, root: str, build: Callable[[], DeltaMergeBuilder]) -> dict[str, int]:
     """Runs a MERGE and reads its own row of figures."""
-    (row,) = _committed(lambda: build().execute().collect())
+    (row,) = _committed(spark, root, lambda: build().execute().collect())
     return {
         "inserted": int(row["num_inserted_rows"]),
         "updated": int(row["num_updated_rows"]),
@@ -322,14 +420,18 @@ def _merged(build: Callable[[], DeltaMergeBuilder]) -> dict[str, int]:
     }
 
 
-def _committed(commit: Callable[[], _R]) -> _R:
+def _committed(spark: SparkSession, root: str, commit: Callable[[], _R]) -> _R:
     """Runs a commit again when another writer was faster, up to ten times, each wait longer than the last."""
     for attempt in range(1, _COMMIT_TRIES + 1):
         try:
-            return commit()
+            crash("commit")
+            with alone(spark, root):
+                done = commit()
+            crash("committed")
+            return done
         except _LOST_RACES as conflict:
             if attempt == _COMMIT_TRIES:
-                raise RuntimeError(
+                raise GaveUp(
                     f"gave up after {attempt} tries to commit: another job keeps writing the same rows. Nothing of "
                     "this commit was written; start the job again when the other one has ended."
                 ) from conflict

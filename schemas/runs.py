@@ -1,18 +1,31 @@
-"""The record of a run: one row in `runs`, written when a job starts and again when it ends, however it ends."""
+"""The record of a run: one row in `runs`, written when a job starts and again when it ends, however it ends.
+
+A run that was killed cannot write its end. So each holds a lease, a small file under T/_leases that its driver renews
+while it lives, and who starts next writes `lost` into the rows whose lease has lapsed and removes what they had landed.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import secrets
+import socket
+import threading
+import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import reduce
 from operator import and_
+from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from schemas import delta
 from schemas.tables import RUNS
+
+RENEWED_SECONDS = 30.0
+LAPSED_SECONDS = 300.0  # a driver that swaps, or a storage that throttles, may miss a few renewals
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,14 @@ class Run:
     engine_seconds: float | None = None
     engine_loads: int | None = None
     p_outside: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
     dtype: str | None = None
     engine_version: str | None = None
     settings_hash: str | None = None
     finished_at: datetime | None = None
+
+
+last: Run | None = None  # the newest run of this process, for the line that a job ends with
 
 
 def start(
@@ -50,31 +67,52 @@ def start(
     model_id: str | None = None,
     prompt_id: str | None = None,
     settings_hash: str | None = None,
+    alone: bool = False,
 ) -> Run:
-    """Writes the row of a run that begins now, and returns it."""
+    """Writes the row of a run that begins now, and returns it; runs that died before are closed as `lost`.
+
+    `alone`: raises ValueError where another run of this job, model and prompt is alive.
+    """
+    global last
+    close_lost(spark, root)
+    if alone:
+        refuse_second(spark, root, job, model_id, prompt_id)
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
     run = Run(run_id, job, "running", now, model_id=model_id, prompt_id=prompt_id, settings_hash=settings_hash)
+    _lease(spark, root, run_id).take()
     delta.append(spark, root, "runs", _row(spark, run))
+    last = run
     return run
 
 
 def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: str, settings_hash: str) -> Run:
-    """The row of a run that begins now, or goes on: the last one of this job, model, prompt and settings runs again."""
+    """The row of a run that begins now, or goes on: the last one of this job, model, prompt and settings runs again.
+
+    Raises ValueError where that one is alive.
+    """
+    global last
     wanted = {"job": job, "model_id": model_id, "prompt_id": prompt_id, "settings_hash": settings_hash}
+    close_lost(spark, root)
     rows = delta.read(spark, root, "runs").where(reduce(and_, (F.col(c) == value for c, value in wanted.items())))
     row = rows.orderBy(F.desc("started_at"), F.desc("run_id")).head()
     if row is None:
         return start(spark, root, job, model_id, prompt_id, settings_hash)
+    refuse_second(spark, root, job, model_id, prompt_id)
     run = replace(Run(**row.asDict()), status="running", message=None, finished_at=None, counts={})
+    _lease(spark, root, run.run_id).take()
     write(spark, root, run)
+    last = run
     return run
 
 
 def finish(spark: SparkSession, root: str, run: Run, status: str, message: str | None = None) -> Run:
-    """Writes how the run ended (`done` or `failed`, with a sentence) and returns the row."""
+    """Writes how the run ended (`done`, `stopped` or `failed`, with a sentence) and returns the row."""
+    global last
     run = replace(run, status=status, message=message, finished_at=datetime.now(UTC))
     write(spark, root, run)
+    _lease(spark, root, run.run_id).give_up()
+    last = run
     return run
 
 
@@ -86,6 +124,110 @@ def fail(spark: SparkSession, root: str, run: Run, error: BaseException) -> Run:
 def write(spark: SparkSession, root: str, run: Run) -> None:
     """Writes the row as it is now."""
     delta.upsert(spark, root, "runs", _row(spark, run))
+
+
+def close_lost(spark: SparkSession, root: str) -> list[str]:
+    """Writes `lost` into the rows of runs whose driver is gone, and removes what they had landed; returns their ids."""
+    running = delta.read(spark, root, "runs").where("status = 'running'").collect()
+    lost = [row for row in running if not _lease(spark, root, row["run_id"]).held()]
+    for row in lost:
+        delta.drop_scratch(spark, root, row["run_id"])
+        what = "its driver ended without a word (killed, or out of memory); what it had merged is kept"
+        finish(spark, root, Run(**row.asDict()), "lost", what)
+        print(
+            f"{row['job']}: run {row['run_id']}, of {row['started_at']:%d %b %H:%M} UTC, is closed as lost", flush=True
+        )
+    return [row["run_id"] for row in lost]
+
+
+def refuse_second(spark: SparkSession, root: str, job: str, model_id: str | None, prompt_id: str | None) -> None:
+    """Raises ValueError where a run of this job, model and prompt is alive (call `close_lost` first)."""
+    same = (F.col("status") == "running") & (F.col("job") == job) & F.col("model_id").eqNullSafe(F.lit(model_id))
+    row = delta.read(spark, root, "runs").where(same & F.col("prompt_id").eqNullSafe(F.lit(prompt_id))).head()
+    if row:
+        holder = _lease(spark, root, row["run_id"]).holder()
+        raise ValueError(
+            f"run {row['run_id']} of {job} with this model and prompt is alive, in process {holder.get('pid', '?')} on "
+            f"{holder.get('host', '?')}. Two would do the same work twice. Wait for it, or end that process; if it is "
+            f"gone, its lease lapses {LAPSED_SECONDS / 60:.0f} minutes after its last sign of life."
+        )
+
+
+def _lease(spark: SparkSession, root: str, run_id: str) -> Lease:
+    return Lease(spark, f"{root.rstrip('/')}/_leases/{run_id}.json")
+
+
+class Lease:
+    """A file that says who is at work. Held while its process lives (same host), or was renewed lately (another)."""
+
+    _renewed: dict[str, threading.Event] = {}  # noqa: RUF012 (of this process, by file)
+
+    def __init__(self, spark: SparkSession, file: str) -> None:
+        self._file = file
+        jvm: Any = spark._jvm
+        self._jvm = jvm
+        self._path = jvm.org.apache.hadoop.fs.Path(file)
+        self._storage = self._path.getFileSystem(spark._jsc.hadoopConfiguration())
+
+    def take(self) -> None:
+        """Takes the lease and renews it from a thread until `give_up` or the end of this process."""
+        self._sign()
+        ended = self._renewed[self._file] = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(RENEWED_SECONDS):
+                try:
+                    self._sign()
+                except Exception as error:  # the run goes on; at worst another one takes it for lost
+                    print(f"runs: the lease {self._file} was not renewed ({error!r})", flush=True)
+
+        threading.Thread(target=renew, name="lease", daemon=True).start()
+
+    def _sign(self) -> None:
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "at": time.time()}
+        stream = self._storage.create(self._path, True)
+        try:
+            stream.write(bytearray(json.dumps(who), "utf-8"))
+        finally:
+            stream.close()
+
+    def give_up(self) -> None:
+        """Ends it."""
+        if ended := self._renewed.pop(self._file, None):
+            ended.set()
+        self._storage.delete(self._path, False)
+
+    def holder(self) -> dict[str, Any]:
+        """Who signed it last: host, pid, born (start of the process), at (seconds since 1970); empty where nobody."""
+        try:
+            stream = self._storage.open(self._path)
+        except Exception:  # no file: the wrapped Java exception differs by storage
+            return {}
+        try:
+            text = str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+            found: dict[str, Any] = json.loads(text)
+            return found
+        except ValueError:  # it is being written at this moment
+            return {"at": time.time()}
+        finally:
+            stream.close()
+
+    def held(self) -> bool:
+        """Whether its run is alive."""
+        who = self.holder()
+        if who.get("host") == socket.gethostname():
+            return bool(_born(int(who["pid"])) == who["born"])
+        return time.time() - float(who.get("at", 0.0)) < LAPSED_SECONDS
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this machine began, in the kernel's ticks; None where there is none. A pid comes again."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state, *rest = file.read().rpartition(")")[2].split()
+        return None if state == "Z" else rest[18]
+    except OSError:
+        return None
 
 
 def _row(spark: SparkSession, run: Run) -> DataFrame:

@@ -300,8 +300,13 @@ RUNS = Table(
     (
         Col("run_id", "STRING", "Key: start time and a random part", True),
         Col("job", "STRING", "The command", True),
-        Col("status", "STRING", "running, done, or failed", True),
-        Col("message", "STRING", "Why it failed, in a sentence"),
+        Col(
+            "status",
+            "STRING",
+            "running; done; stopped: ended early as asked (deadline, limit); failed; lost: killed without a word",
+            True,
+        ),
+        Col("message", "STRING", "Why it failed or stopped, in a sentence"),
         Col("model_id", "STRING", "The model that scored"),
         Col("prompt_id", "STRING", "The prompt it was asked with"),
         Col("counts", "MAP<STRING,BIGINT>", "Rows by what became of them (seen, skipped, scored, refused, …)", True),
@@ -315,13 +320,34 @@ RUNS = Table(
         Col("engine_seconds", "DOUBLE", "Seconds the engines were at work, summed over engines"),
         Col("engine_loads", "INT", "Engines loaded"),
         Col("p_outside", "DOUBLE", "Mean mass outside the four labels"),
+        Col(
+            "figures",
+            "MAP<STRING,DOUBLE>",
+            "What else was measured: seconds of wall time by what they went to (seconds_…), predictions, noise",
+            True,
+        ),
         Col("dtype", "STRING", "Number type the model ran in"),
         Col("engine_version", "STRING", "Engine and version"),
         Col("settings_hash", "STRING", "Hash of the engine's settings"),
         Col("started_at", "TIMESTAMP", "Start", True),
         Col("finished_at", "TIMESTAMP", "End; null while it runs"),
     ),
-    {"status_named": "status IN ('running', 'done', 'failed')"},
+    {"status_named": "status IN ('running', 'done', 'stopped', 'failed', 'lost')"},
+)
+
+GATES = Table(
+    "gates",
+    "One thing that a run looked at before it called itself done; also where all was well",
+    ("run_id", "name"),
+    (
+        Col("run_id", "STRING", "The run, in runs", True),
+        Col("name", "STRING", "What was looked at", True),
+        Col("level", "STRING", "ok; warn: look at it; fail: beyond what is allowed", True),
+        Col("found", "DOUBLE", "What was found; null where there was nothing to measure"),
+        Col("allowed", "DOUBLE", "The most that is allowed"),
+        Col("note", "STRING", "What it means, in a sentence"),
+    ),
+    {"level_named": "level IN ('ok', 'warn', 'fail')"},
 )
 
 # Columns of pairs by which cuts may differ; the view `labels` names each.
@@ -428,7 +454,7 @@ TABLES = {
     t.name: t
     for t in (
         PAIRS, GOLD, LABEL_PROBS, THRESHOLDS, PUBLISHED_LABELS, CHAINS, SAMPLES, PREFERENCES, EXPLANATIONS, MODELS,
-        MEASURES, QUARANTINE, RUNS,
+        MEASURES, QUARANTINE, RUNS, GATES,
     )
 }  # fmt: skip
 

@@ -152,3 +152,61 @@ def load_mortal(settings: EngineSettings) -> Engine:
     if settings not in _loaded:
         _loaded[settings] = MortalEngine(settings)
     return _loaded[settings]
+
+
+class PoisonedEngine(FakeEngine):
+    """Dies, each time, at the prompts of poison.json in the folder `settings.model`; `deaths` there counts."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.folder = Path(settings.model)
+        self.poison = {tuple(ids) for ids in json.loads((self.folder / "poison.json").read_text())}
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        def tasted() -> Iterator[Sequence[int] | None]:
+            for prompt in prompts:
+                if prompt is not None and tuple(prompt) in self.poison:
+                    with open(self.folder / "deaths", "a") as deaths:
+                        deaths.write(f"{os.getpid()}\n")
+                    os._exit(70)
+                yield prompt
+
+        yield from super().answers(tasted(), label_ids, ahead)
+
+
+def load_poisoned(settings: EngineSettings) -> Engine:
+    """The poisoned engine of this worker process."""
+    if settings not in _loaded:
+        _loaded[settings] = PoisonedEngine(settings)
+    return _loaded[settings]
+
+
+class DoomedEngine(FakeEngine):
+    """Takes two milliseconds a prompt, and exits when the file `die` is in the folder `settings.model`."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.folder = Path(settings.model)
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        for answer in super().answers(prompts, label_ids, ahead):
+            time.sleep(0.002)
+            try:
+                (self.folder / "die").unlink()
+            except FileNotFoundError:
+                yield answer
+                continue
+            with open(self.folder / "journal.jsonl", "a") as journal:
+                journal.write(json.dumps({"kind": "engine", "at": time.time()}) + "\n")
+            os._exit(70)
+
+
+def load_doomed(settings: EngineSettings) -> Engine:
+    """The doomed engine of this worker process."""
+    if settings not in _loaded:
+        _loaded[settings] = DoomedEngine(settings)
+    return _loaded[settings]

@@ -120,7 +120,9 @@ def test_the_hashes_are_what_the_docs_say_for_any_language(spark: SparkSession) 
     assert found["content_hash"] == sha("de", "Kessel für 5 €", of_product)
 
 
-def test_a_lost_race_is_tried_again_and_at_last_given_up_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_race_is_tried_again_and_at_last_given_up_with_a_sentence(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(delta.time, "sleep", lambda _: None)  # type: ignore[attr-defined]
     tries = 0
 
@@ -131,7 +133,7 @@ def test_a_lost_race_is_tried_again_and_at_last_given_up_with_a_sentence(monkeyp
             raise ConcurrentAppendException("another writer was faster")
         return "committed"
 
-    assert delta._committed(loses_twice) == "committed"
+    assert delta._committed(spark, root, loses_twice) == "committed"
 
     def always_loses() -> None:
         nonlocal tries
@@ -140,7 +142,7 @@ def test_a_lost_race_is_tried_again_and_at_last_given_up_with_a_sentence(monkeyp
 
     tries = 0
     with pytest.raises(RuntimeError, match="gave up after 10 tries"):
-        delta._committed(always_loses)
+        delta._committed(spark, root, always_loses)
     assert tries == 10
 
 

@@ -66,7 +66,7 @@ labels = [20, 21, 22, 23]
 if how == "right":
     got = selfcheck.probabilities(engine, prompts, labels)
     print("parity", selfcheck.largest_difference(got, plain_model(model, prompts, labels)))
-    print("self", selfcheck.check_engine(engine, prompts[:8], labels))
+    print("self", selfcheck.check_engine(engine, prompts[:8], labels)[0])
     engine.forget()
     computed = sum(len(prompts[a.index]) - a.cached for a in engine.answers(iter(prompts), labels))
     print("computed", computed, 4 * 64 + 3 * len(prompts))

@@ -85,7 +85,7 @@ def echoed(checkout: Path, *words: str) -> dict[str, Any]:
     """What the echo job was given."""
     done = run(checkout, *words)
     assert done.returncode == 0, done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[0])
     return said
 
 
@@ -110,7 +110,9 @@ def test_words_before_the_job_go_to_spark_and_words_after_it_to_the_job(checkout
 
 def test_a_job_has_its_standard_input_and_its_errors_apart_from_its_output(checkout: Path) -> None:
     done = run(checkout, "echo")
-    assert json.loads(done.stdout)["stdin"] == "typed"
+    said, told = map(json.loads, done.stdout.splitlines())
+    assert said["stdin"] == "typed"
+    assert told == {"job": "echo", "exit": 0}
     assert done.stderr == "to stderr\n"
 
 
@@ -208,7 +210,7 @@ def test_the_archive_holds_the_code_alone_and_equal_code_makes_equal_bytes(check
 def test_a_job_runs_on_spark_with_delta_and_its_workers_have_the_code(checkout: Path, tmp_path: Path) -> None:
     done = run(checkout, "--conf", "spark.sql.shuffle.partitions=3", "probe", str(tmp_path / "table of three"))
     assert done.returncode == 3, done.stderr
-    said = json.loads(done.stdout)
+    said = json.loads(done.stdout.splitlines()[0])
     assert said["master"] == "local[*,4]"
     assert said["rows"] == 3
     assert ".zip/udfs/__init__.py" in said["worker"]

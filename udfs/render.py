@@ -24,7 +24,8 @@ def rendered(pairs: DataFrame, prompt: Prompt) -> DataFrame:
     """Rows of `pairs` as prompts.
 
     Returns pair_id, query, product_id, locale, content_hash, and: ids ARRAY<INT>, the prompt's token ids;
-    group_tokens INT, the length of its first part; tokens_cut INT, tokens of text that budgets and block cut left out.
+    group_tokens INT, the length of its first part; tokens_cut INT, tokens of text that budgets and block cut left out;
+    and `portion`, where the pairs have it.
     """
     keyed = pairs.withColumn("product_key", tables.product_hash(*(F.col(c) for c in PRODUCT_TEXT)))
     products = (
@@ -50,6 +51,7 @@ def rendered(pairs: DataFrame, prompt: Prompt) -> DataFrame:
             F.concat(f"{first}.ids", f"{second}.ids").alias("ids"),
             F.size(f"{first}.ids").alias("group_tokens"),
             (F.col("product.cut") + F.col("asked.cut")).alias("tokens_cut"),
+            *[name for name in ("portion",) if name in pairs.columns],
         )
     )
 

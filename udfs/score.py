@@ -42,4 +42,6 @@ def _question(label_ids: Sequence[int]) -> Question[LabelProbs]:
         by_label: list[list[object]] = [[a.p[i] if a.p else None for a in answers] for i in range(len(P_COLUMNS))]
         return [*by_label, [a.p_outside for a in answers], [a.outcome for a in answers]]
 
-    return Question(ask, 1, LabelProbs(None, None, "too_long"), columns, _ANSWER)
+    return Question(
+        ask, 1, LabelProbs(None, None, "too_long"), columns, _ANSWER, LabelProbs(None, None, "engine_failed")
+    )

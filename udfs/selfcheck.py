@@ -21,7 +21,11 @@ from udfs.engine import Engine, EngineSettings, load
 # 1e-5 on the demo model; bf16 moves logits by a few hundredths of a nat, so a probability by up to a few hundredths.
 NOISE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 
-SCHEMA = "self_check_dp DOUBLE, canaries_dp DOUBLE, tokens_per_second DOUBLE, dtype STRING, engine_version STRING"
+# alone: p of labels 4, 3, 2, 1 of each prompt, asked one by one and uncached.
+SCHEMA = (
+    "self_check_dp DOUBLE, canaries_dp DOUBLE, tokens_per_second DOUBLE, alone ARRAY<ARRAY<DOUBLE>>, dtype STRING, "
+    "engine_version STRING"
+)
 
 
 def probabilities(
@@ -43,8 +47,10 @@ def largest_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]
     return max((abs(x - y) for x, y in pairs), default=0.0)
 
 
-def check_engine(engine: Engine, prompts: Sequence[Sequence[int]], label_ids: Sequence[int]) -> float:
-    """Largest |Δp| between batched from nothing, batched from the cache, and one by one from nothing."""
+def check_engine(
+    engine: Engine, prompts: Sequence[Sequence[int]], label_ids: Sequence[int]
+) -> tuple[float, list[list[float]]]:
+    """Largest |Δp| between batched from nothing, batched from the cache, and one by one from nothing; and the last."""
     engine.forget()
     batched = probabilities(engine, prompts, label_ids)
     cached = probabilities(engine, prompts, label_ids)
@@ -52,7 +58,7 @@ def check_engine(engine: Engine, prompts: Sequence[Sequence[int]], label_ids: Se
     for prompt in prompts:
         engine.forget()
         single += probabilities(engine, [prompt], label_ids, ahead=1)
-    return max(largest_difference(batched, cached), largest_difference(batched, single))
+    return max(largest_difference(batched, cached), largest_difference(batched, single)), single
 
 
 def checker(
@@ -75,7 +81,7 @@ def checker(
             engine.forget()
             probabilities(engine, prompts, label_ids)  # the first steps compile kernels
             busy = engine.busy_seconds
-            difference = check_engine(engine, prompts, label_ids)
+            difference, alone = check_engine(engine, prompts, label_ids)
             tokens = sum(len(p) for p in prompts)
             row: dict[str, Any] = {
                 "self_check_dp": difference,
@@ -86,6 +92,7 @@ def checker(
                 else None,
                 # Prompts were computed one by one in two of three passes, so this is a low guess: waves start small.
                 "tokens_per_second": 2 * tokens / max(1e-6, engine.busy_seconds - busy),
+                "alone": alone,
                 "dtype": engine.dtype,
                 "engine_version": engine.version,
             }
@@ -98,6 +105,7 @@ def checker(
 _SCHEMA = pa.schema(
     [
         *[pa.field(name, pa.float64()) for name in ("self_check_dp", "canaries_dp", "tokens_per_second")],
+        pa.field("alone", pa.list_(pa.list_(pa.float64()))),
         *[pa.field(name, pa.string()) for name in ("dtype", "engine_version")],
     ]
 )

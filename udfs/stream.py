@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -23,12 +24,13 @@ Prompts = Iterator[Sequence[int] | None]
 A = TypeVar("A")
 
 # What every row gets beside its answer; `ids` (the prompt) is what it loses. engine_seconds: of the row's batch, shared
-# out over its rows.
+# out over its rows. startup_seconds: what the task waited for its engine to load, likewise, in its first batch.
 _COST = pa.schema(
     [
         pa.field("prompt_tokens", pa.int32()),
         pa.field("cached_tokens", pa.int32()),
         pa.field("engine_seconds", pa.float64()),
+        pa.field("startup_seconds", pa.float64()),
         *[pa.field(name, pa.string()) for name in ("engine_id", "engine_version", "dtype")],
     ]
 )
@@ -41,7 +43,8 @@ class Question(Generic[A]):
 
     ask: prompts to (prompt number, answer, cached tokens where known), in any order. room: tokens of an answer; a
     prompt that leaves less in the model's context is answered with `too_long` and never reaches the engine. columns:
-    the answers of a batch as columns of `schema`.
+    the answers of a batch as columns of `schema`. failed: the answer of every prompt of a task whose engine died; None
+    where Spark is to try such a task again and at last give up.
     """
 
     ask: Callable[[Engine, Prompts], Iterator[tuple[int, A, int | None]]]
@@ -49,6 +52,7 @@ class Question(Generic[A]):
     too_long: A
     columns: Callable[[list[A]], list[list[object]]]
     schema: pa.Schema
+    failed: A | None = None
 
 
 def answered_schema(prompts: StructType, answer: pa.Schema) -> StructType:
@@ -69,13 +73,35 @@ def answerer(
         first = next((b for b in batches if b.num_rows), None)
         if first is None:
             return  # an empty shard loads no engine
-        yield from answered(load_engine(settings), _chain(first, batches), question)
+        began = time.monotonic()
+        engine, shard = load_engine(settings), _chain(first, batches)
+        startup = time.monotonic() - began
+        if question.failed is not None and _died_before(first.num_rows):
+            # The engine above is fresh and stays for what the driver asks next: the halves of this shard.
+            yield from (_given_up(batch, question, question.failed) for batch in shard)
+        else:
+            yield from answered(engine, shard, question, startup)
 
     return answer
 
 
-def answered(engine: Engine, batches: Iterable[pa.RecordBatch], question: Question[A]) -> Batches:
-    """Answers batches in order; a batch is yielded as soon as its last row is answered."""
+def _died_before(rows: int) -> bool:
+    """Whether this task was tried before, and is not to be asked again as it is: a prompt alone gets a second try."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    return context is not None and context.attemptNumber() >= (1 if rows > 1 else 2)
+
+
+def _given_up(batch: pa.RecordBatch, question: Question[A], failed: A) -> pa.RecordBatch:
+    given_up: _Batch[A] = _Batch(batch)
+    for row in range(batch.num_rows):
+        given_up.answer(row, failed, 0)
+    return given_up.result(question, None, 0.0, 0.0)
+
+
+def answered(engine: Engine, batches: Iterable[pa.RecordBatch], question: Question[A], startup: float = 0.0) -> Batches:
+    """Answers batches in order; a batch is yielded as soon as its last row is answered. startup: seconds of loading."""
     waiting: dict[int, _Batch[A]] = {}
     where: dict[int, tuple[int, int]] = {}  # prompt number -> batch number, row
 
@@ -101,13 +127,13 @@ def answered(engine: Engine, batches: Iterable[pa.RecordBatch], question: Questi
         number, row = where.pop(index)
         waiting[number].answer(row, answer, cached)
         for done in [n for n, b in waiting.items() if not b.missing]:
-            yield waiting.pop(done).result(question, engine, engine.busy_seconds - busy)
-            busy = engine.busy_seconds
+            yield waiting.pop(done).result(question, engine, engine.busy_seconds - busy, startup)
+            busy, startup = engine.busy_seconds, 0.0
     for batch in waiting.values():  # batches of which every row was refused
         if batch.missing:
             raise RuntimeError(f"the engine ended with {batch.missing} prompts unanswered")
-        yield batch.result(question, engine, engine.busy_seconds - busy)
-        busy = engine.busy_seconds
+        yield batch.result(question, engine, engine.busy_seconds - busy, startup)
+        busy, startup = engine.busy_seconds, 0.0
 
 
 class _Batch(Generic[A]):
@@ -133,16 +159,15 @@ class _Batch(Generic[A]):
         self._answers[row] = answer
         self._cached[row] = cached
 
-    def result(self, question: Question[A], engine: Engine, seconds: float) -> pa.RecordBatch:
+    def result(self, question: Question[A], engine: Engine | None, seconds: float, startup: float) -> pa.RecordBatch:
         rows = self._batch.num_rows
         columns = [
             *question.columns([self._answers[row] for row in range(rows)]),
             self._ids.value_lengths().to_pylist(),
             self._cached,
             [seconds / rows] * rows,
-            [engine.id] * rows,
-            [engine.version] * rows,
-            [engine.dtype] * rows,
+            [startup / rows] * rows,
+            *[[engine and getattr(engine, name)] * rows for name in ("id", "version", "dtype")],
         ]
         kept = self._batch.drop_columns(["ids"])
         fields = [*question.schema, *_COST]

@@ -1,0 +1,289 @@
+"""Nightly and backfill together, killed at random, until every kill has fired: is the end that of an undisturbed run?
+
+python -m bench.chaos --folder F [--kills 200] [--least 30] [--pairs 500] [--seed 7] [--minutes 150]
+
+Two drivers, `rescore` and `backfill`, work on one folder of tables with a fast engine that needs no model. This process
+kills at random: a driver (its Python), an executor (its JVM, which in local mode holds both), a Python worker, an
+engine (which exits in the middle of a prompt, as a broken one does), and starts again what died. When both drivers are
+done, a fresh model's turn begins, and before each night some products get another text. Each kill that fired is a line
+of F/journal.jsonl, from which an interrupted run goes on. A reader (delta-rs) looks at `label_probs` all the while. At
+the end of each turn, every version of the tables is audited (tests/invariants.py), and the rows are compared with those
+that the engine, which is a pure function of the prompt, must have given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+KINDS = ("driver", "executor", "worker", "engine")
+JOBS = ("rescore", "backfill")
+REPO = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    """Runs until the kills have fired, or the minutes are over; returns 0 where nothing was broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", required=True, type=Path)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--least", type=int, default=30, help="of each kind")
+    parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=150.0)
+    parser.add_argument("--job", choices=JOBS, help="(for the drivers that this one starts)")
+    parser.add_argument("--turn", type=int, default=0, help="(likewise)")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.job:
+        drive(args.folder, args.job, args.turn, args.pairs)
+        return 0
+    return Chaos(args).run()
+
+
+class Chaos:
+    """The killer, and what it keeps: a journal, the turn it is at."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.folder = args, args.folder
+        self.journal = self.folder / "journal.jsonl"
+        self.random = random.Random(args.seed + len(self.fired()))  # noqa: S311 (a schedule)
+        self.drivers: dict[str, subprocess.Popen[bytes]] = {}
+        self.before: dict[str, int] = {}  # kills before a driver began
+        self.breaches: list[str] = []
+        self.ended = threading.Event()
+
+    def fired(self) -> list[dict[str, Any]]:
+        """The kills so far."""
+        if not self.journal.exists():
+            return []
+        return [json.loads(line) for line in self.journal.read_text().splitlines()]
+
+    def wanted(self) -> list[str]:
+        """The kinds that are still to be killed, those that lack most more often."""
+        count = Counter(kill["kind"] for kill in self.fired())
+        if sum(count.values()) < self.args.kills:
+            return [kind for kind in KINDS for _ in range(max(1, self.args.least - count[kind]))]
+        return [kind for kind in KINDS for _ in range(max(0, self.args.least - count[kind]))]
+
+    def run(self) -> int:
+        """Turn after turn; 1 where anything was broken."""
+        until = time.monotonic() + 60 * self.args.minutes
+        turn_file = self.folder / "turn"
+        reader = threading.Thread(target=self.read, daemon=True)
+        reader.start()
+        while self.wanted() and time.monotonic() < until and not self.breaches:
+            turn = int(turn_file.read_text()) if turn_file.exists() else 0
+            self.turn(turn, until)
+            if time.monotonic() < until:
+                self.audit(turn)
+                turn_file.write_text(str(turn + 1))
+            count = Counter(kill["kind"] for kill in self.fired())
+            print(f"chaos: turn {turn} over, killed so far: {dict(count)}; breaches: {len(self.breaches)}", flush=True)
+        self.ended.set()
+        reader.join()
+        print(*self.breaches[:20], sep="\n")
+        return 1 if self.breaches else 0
+
+    def turn(self, turn: int, until: float) -> None:
+        """Lets both drivers work on one model, killing, until both came to their end."""
+        done: set[str] = set()
+        while done != set(JOBS) and time.monotonic() < until:
+            for job in JOBS:
+                if job not in done and (job not in self.drivers or self.drivers[job].poll() is not None):
+                    if job in self.drivers and self.drivers[job].returncode == 0:
+                        done.add(job)
+                        del self.drivers[job]
+                        continue
+                    if job in self.drivers and len(self.fired()) == self.before[job]:
+                        self.breaches.append(f"{job} failed by itself, see {self.folder}/{job}.log")
+                        return
+                    self.before[job] = len(self.fired())
+                    self.drivers[job] = self.start(job, turn)
+            wanted = self.wanted()
+            if wanted and self.drivers and self.kill(self.random.choice(wanted)):
+                time.sleep(self.random.uniform(0.5, 4))
+            time.sleep(0.5)
+        for driver in self.drivers.values():  # the time is over
+            os.killpg(driver.pid, signal.SIGKILL)
+        self.drivers.clear()
+
+    def start(self, job: str, turn: int) -> subprocess.Popen[bytes]:
+        """A driver, in a process group of its own."""
+        words = [sys.executable, "-m", "bench.chaos", "--folder", str(self.folder), "--job", job, "--turn", str(turn)]
+        words += ["--pairs", str(self.args.pairs)]
+        log = open(self.folder / f"{job}.log", "ab")  # noqa: SIM115 (the child's)
+        return subprocess.Popen(words, cwd=REPO, stdout=log, stderr=log, start_new_session=True)  # noqa: S603
+
+    def kill(self, kind: str) -> bool:
+        """Kills one process of a kind, where there is one at work; an engine gets a word that its next prompt reads."""
+        job = self.random.choice(list(self.drivers))
+        below = descendants(self.drivers[job].pid)
+        if kind == "driver":
+            # Not before it is at work: a start that is killed tests nothing.
+            found = [self.drivers[job].pid] if any("pyspark.daemon" in words for _, words in below) else []
+        elif kind == "executor":
+            found = [pid for pid, words in below if "/java" in words or words.startswith("java")]
+            found = found if any("pyspark.daemon" in words for _, words in below) else []
+        elif kind == "worker":
+            found = [pid for pid, words in below if "pyspark.daemon" in words]
+            found = found[1:]  # the first is the daemon that forks them
+        else:
+            word = self.folder / "die"
+            if not word.exists():
+                word.write_text("")
+            for _ in range(40):
+                if not word.exists():
+                    return True
+                time.sleep(0.1)
+            return False
+        if not found:
+            return False
+        victim = self.random.choice(found)
+        try:
+            if kind == "driver":
+                os.kill(victim, signal.SIGKILL)
+                for pid, _ in below:  # a machine that dies takes all along
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        note(self.folder, kind, job)
+        return True
+
+    def read(self) -> None:
+        """Reads the table again and again: no key twice, no half probabilities; a count that falls is told apart."""
+        from tests import invariants
+
+        root = str(self.folder / "tables")
+        most = 0
+        while not self.ended.wait(1.0):
+            try:
+                rows = invariants.table(root, "label_probs")
+            except Exception:  # noqa: S112 (not made yet)
+                continue
+            found = invariants.one_row_a_key(rows) + invariants.simplex_or_null(rows)
+            if len(rows) < most:
+                found.append(f"a reader saw {most} rows, then {len(rows)}")
+            most = len(rows)
+            self.breaches += [f"read: {breach}" for breach in found]
+
+    def audit(self, turn: int) -> None:
+        """Every version, and the end against what the engine must have said."""
+        from tests import invariants
+
+        root = str(self.folder / "tables")
+        found = invariants.audit(root, model_id(turn)) + invariants.left(root)
+        for row in invariants.table(root, "label_probs"):
+            if row["model_id"] == model_id(turn) and row["outcome"] != "scored":
+                found.append(f"{row['pair_id']} is {row['outcome']}")
+        found += wrong_answers(root, turn)
+        self.breaches += [f"turn {turn}: {breach}" for breach in found]
+
+
+def note(folder: Path, kind: str, job: str) -> None:
+    """A kill has fired."""
+    with open(folder / "journal.jsonl", "a") as file:
+        file.write(json.dumps({"kind": kind, "job": job, "at": time.time()}) + "\n")
+
+
+def descendants(pid: int) -> list[tuple[int, str]]:
+    """Processes below one, with their command lines."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)  # noqa: S607
+    rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
+    below, found = {pid}, []
+    for _ in range(8):
+        for words in rows:
+            if len(words) == 3 and int(words[1]) in below and int(words[0]) not in below:
+                below.add(int(words[0]))
+                found.append((int(words[0]), words[2]))
+    return found
+
+
+def model_id(turn: int) -> str:
+    """The model of a turn."""
+    return f"{turn:016x}"
+
+
+def what_scores(folder: Path, turn: int) -> Any:
+    """The model of a turn, with an engine that may be told to die."""
+    from dataclasses import replace
+
+    from tests.engines import load_doomed
+    from tests.test_rescore import scoring
+
+    what = scoring()
+    settings = replace(what.settings, model=str(folder))
+    return replace(what, model=replace(what.model, model_id=model_id(turn)), settings=settings, load_engine=load_doomed)
+
+
+def products(count: int, text: int) -> list[Any]:
+    """Products of ten pairs each; some of them say `text`."""
+    random_ = random.Random(text)  # noqa: S311
+    changed = set(random_.sample(range(count), max(1, count // 5))) if text else set()
+    return [
+        (f"k{i}", f"Steel kettle {i}", {"text": str(text)} if i in changed else {}, "Boils water. " * 20)
+        for i in range(count)
+        if not text or i in changed
+    ]
+
+
+def drive(folder: Path, job: str, turn: int, pairs: int) -> None:
+    """One driver's life."""
+    from jobs import rescore as night
+    from jobs.backfill import backfill
+    from partitioner import prefix
+    from schemas import delta
+    from tests.conftest import QUICK
+    from tests.test_rescore import put
+
+    night.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 1500
+    root = str(folder / "tables")
+    spark = delta.session(job, QUICK)
+    queries = [f"kettle {i}" for i in range(10)]
+    if job == "rescore":
+        put(spark, root, products(pairs // 10, 0 if not (Path(root) / "pairs").exists() else turn), queries)
+    while not delta.exists(spark, root, "gates") or not delta.version(spark, root, "pairs"):
+        time.sleep(0.5)
+    (night.rescore if job == "rescore" else backfill)(spark, root, what_scores(folder, turn))
+    spark.stop()
+
+
+def wrong_answers(root: str, turn: int) -> list[str]:
+    """Rows of a turn whose probabilities are not those of their pair's prompt."""
+    import math
+
+    from schemas.labels import P_COLUMNS
+    from tests import invariants
+    from tests.engines import logprobs
+    from tests.test_rescore import scoring
+    from udfs.prompt import renderer
+    from udfs.render import product_text
+
+    render = renderer(scoring().prompt)
+    text = {row["pair_id"]: row for row in invariants.table(root, "pairs")}
+    found = []
+    for row in invariants.table(root, "label_probs"):
+        if row["model_id"] != model_id(turn) or row["outcome"] != "scored":
+            continue
+        pair = text[row["pair_id"]]
+        pair["attributes"] = dict(pair["attributes"] or {})
+        ids = render.join(render.product(**product_text(pair)), render.query(pair["query"]))
+        expected = [math.exp(x) / 0.9 for x in logprobs(ids)]
+        if max(abs(row[p] - e) for p, e in zip(P_COLUMNS, expected, strict=True)) > 1e-9:
+            found.append(f"{row['pair_id']} has another prompt's probabilities")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

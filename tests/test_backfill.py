@@ -1,0 +1,175 @@
+"""The backfill, on real Spark and Delta with an engine that needs no model."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs import rescore as job
+from jobs.backfill import Chosen, backfill, condition, shifts
+from partitioner import prefix
+from schemas import delta, runs
+from tests import invariants, judged
+from tests.test_rescore import PRODUCTS, QUERIES, probs, put, scoring
+
+MODEL = "0123456789abcdef"
+
+
+def weigh(spark: SparkSession, root: str, weights: dict[str, float]) -> None:
+    """Gives products' pairs a weight."""
+    rows = delta.read(spark, root, "pairs").collect()
+    changed = [{**r.asDict(), "weight": weights[r["product_id"]]} for r in rows if r["product_id"] in weights]
+    delta.upsert(
+        spark, root, "pairs", delta.rows(spark, "pairs", [list(r.values()) for r in changed]).localCheckpoint()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1=1) OR (1=1", "Syntax error"),
+        ("locale = 'de'; DROP TABLE pairs", "Syntax error"),
+        ("locale", "BOOLEAN"),
+        ("colour = 'red'", "colour"),
+        ("reflect('java.lang.System', 'exit', '1') IS NULL", "reflect"),
+        ("java_method('java.lang.System', 'exit', '1') IS NULL", "java_method"),
+        ("pair_id IN (SELECT pair_id FROM parquet.`/etc`)", "Wanted is one condition"),
+        ("EXISTS (SELECT 1)", "not allowed here"),
+        ("rand() < 2", "rand"),
+    ],
+)
+def test_a_condition_that_is_none_is_refused(spark: SparkSession, root: str, text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        condition(delta.read(spark, root, "pairs"), text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "locale = 'de' AND NOT (brand IS NULL OR title LIKE '%x%')",
+        "updated_at >= current_timestamp() - INTERVAL 2 DAYS",
+        "attributes['colour'] IN ('red', 'blue') OR lower(category) RLIKE '^kit'",
+        "weight BETWEEN 1 AND 5 -- the middle",
+    ],
+)
+def test_a_condition_may_read_and_compare_any_column(spark: SparkSession, root: str, text: str) -> None:
+    delta.read(spark, root, "pairs").where(condition(delta.read(spark, root, "pairs"), text)).collect()
+
+
+def test_the_most_wanted_products_come_first_and_a_limit_is_kept(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    weigh(spark, root, {"k2": 3.0, "t1": 9.0})
+    run = backfill(spark, root, scoring(), Chosen(limit=6))
+    found = [(r["product_id"], r["count"]) for r in probs(spark, root).groupBy("product_id").count().collect()]
+    assert sorted(found) == [("k2", 2), ("t1", 4)]
+    assert run.counts == {"seen": 6, "skipped": 0, "scored": 6, "refused": 0}
+    gates = {r["name"]: (r["level"], r["found"]) for r in delta.read(spark, root, "gates").collect()}
+    assert gates["freshness"] == ("warn", 0.5)
+    assert gates["refused_share"] == ("ok", 0.0)
+    run = backfill(spark, root, scoring(), Chosen(where="product_id = 'k1'"))
+    assert run.counts["scored"] == 4
+    run = backfill(spark, root, scoring())
+    assert (run.counts["skipped"], run.counts["scored"]) == (10, 2)
+    assert not invariants.audit(root, MODEL) + invariants.left(root)
+
+
+def test_portions_are_scored_in_order_of_weight_and_keep_a_product_together(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(8)])
+    weigh(spark, root, {f"k{i}": float(i) for i in range(8)})
+    monkeypatch.setattr(job, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(prefix, "HOT_TOKENS", 200)
+    backfill(spark, root, scoring())
+    waves: dict[str, set[str]] = {}
+    for row in probs(spark, root).collect():
+        waves.setdefault(row["wave_id"], set()).add(row["product_id"])
+    order = [sorted(waves[wave], reverse=True) for wave in sorted(waves)]
+    assert [product for wave in order for product in wave] == [f"k{i}" for i in reversed(range(8))]
+
+
+def test_the_deadline_ends_it_after_a_wave_and_the_next_run_goes_on(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(24)])
+    monkeypatch.setattr(job, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(prefix, "HOT_TOKENS", 600)
+    write, waves = job.Night.write, 0
+
+    def late(night: job.Night, answered: Any, wave_id: str) -> None:
+        nonlocal waves
+        waves += 1
+        write(night, answered, wave_id)
+        if waves == 2:
+            night.deadline = datetime.now() - timedelta(seconds=1)
+
+    monkeypatch.setattr(job.Night, "write", late)
+    run = backfill(spark, root, scoring(), deadline=datetime.now() + timedelta(hours=1))
+    kept = probs(spark, root).count()
+    assert run.status == "stopped"
+    assert "of 96 pairs are left" in (run.message or "")
+    assert 0 < kept < 96
+    assert job.exit_code(spark, root, run) == 5
+    again = backfill(spark, root, scoring())
+    assert (again.counts["skipped"], again.counts["scored"]) == (kept, 96 - kept)
+
+
+def test_a_dry_run_asks_no_engine_and_its_prediction_is_held_against_what_came(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(spark, root, PRODUCTS[:2])
+    assert backfill(spark, root, scoring(), dry_run=True).engine_loads is None
+    assert "no rate of this model was measured yet" in capsys.readouterr().out
+    first = backfill(spark, root, scoring())
+    assert first.figures["tokens_per_second"] > 0
+    put(spark, root, PRODUCTS)
+    told = backfill(spark, root, scoring(), dry_run=True)
+    assert told.status == "done"
+    assert probs(spark, root).count() == 8
+    assert f"tokens/s (run {first.run_id})" in capsys.readouterr().out
+    run = backfill(spark, root, scoring())
+    assert run.figures["predicted_engine_seconds"] == told.figures["predicted_engine_seconds"]
+    assert run.engine_seconds is not None
+    expected = run.figures["predicted_engine_seconds"] / run.engine_seconds - 1
+    assert run.figures["prediction_error"] == pytest.approx(expected)
+    names = {"startup", "planning", "scoring", "engine", "idle", "commit", "commit_waited", "check", "total"}
+    assert {f"seconds_{name}" for name in names} <= run.figures.keys()
+    assert run.figures["noise_max_dp"] == 0
+
+
+def test_a_new_model_fills_beside_the_old_one_and_a_sample_shows_how_tiers_shift(
+    spark: SparkSession, root: str
+) -> None:
+    put(spark, root, PRODUCTS)
+    old, new = scoring(), scoring(block=64)
+    backfill(spark, root, old)
+    cuts = [
+        {**cut, "model_id": MODEL, "prompt_id": old.prompt.prompt_id}
+        for cut in judged.cuts(1, {"": (0.5, 0.5, 0.5)}, "active")
+    ]
+    judged.fill(spark, root, "thresholds", cuts)
+    some = Chosen(sample=1.0)
+    backfill(spark, root, new, some)
+    assert probs(spark, root).groupBy("prompt_id").count().select("count").collect() == [(12,), (12,)]
+    told = shifts(spark, root, new, some, "category")
+    assert "cut by its likeliest label (no version is fitted)" in told[0]
+    assert told[1].startswith("backfill:   all: 12 pairs, ")
+    assert any("category = Kitchen: 12 pairs" in line for line in told)
+    none = Chosen(sample=0.0)
+    assert none.of(delta.read(spark, root, "pairs")).isEmpty()
+    assert shifts(spark, root, new, none, None)[1] == "backfill: no pair of the sample is judged by both"
+
+
+def test_a_second_run_of_its_like_is_refused_while_the_first_is_alive(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS, QUERIES[:1])
+    what = scoring()
+    first = runs.start(spark, root, "backfill", MODEL, what.prompt.prompt_id, alone=True)
+    with pytest.raises(ValueError, match=rf"run {first.run_id} of backfill with this model and prompt is alive"):
+        backfill(spark, root, what)
+    runs.finish(spark, root, first, "done")
+    assert backfill(spark, root, what).counts["scored"] == 3
+    assert not list((Path(root) / "_leases").glob("[!.]*"))

@@ -1,0 +1,58 @@
+"""What check finds before a night, and the command that mends it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs import check, rescore
+from schemas import delta
+from tests import judged
+
+
+def points(tmp_path: Path, root: str | None, model: str) -> dict[str, tuple[bool, str]]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tables", type=delta.root)
+    rescore.add_scoring_flags(parser)
+    flags = ["--model", model, *(["--tables", root] if root else [])]
+    found, _ = check.looked_at(parser.parse_args(flags))
+    return {name: (blocked, told) for name, blocked, told in found}
+
+
+def test_tables_without_pairs_and_a_model_that_is_none_are_in_the_way(
+    spark: SparkSession, root: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"x")
+    found = points(tmp_path, root, str(tmp_path / "model"))
+    assert not found["versions"][0]
+    assert not found["storage"][0]
+    assert not list(Path(root).glob("_written"))
+    blocked, told = found["tables"]
+    assert blocked
+    assert f"bring some: ingest --tables {root} --pairs FILE" in told
+    assert found["model and prompt"][0]
+    judged.fill(spark, root, "pairs", [judged.pair(1, "kettle")])
+    assert points(tmp_path, root, str(tmp_path / "model"))["tables"] == (False, "14 of 14, 1 pairs")
+
+
+def test_a_table_that_does_not_fit_is_named_with_the_sql_that_mends_it(
+    spark: SparkSession, root: str, tmp_path: Path
+) -> None:
+    spark.sql(f"ALTER TABLE delta.`{root}/runs` ADD COLUMN mood STRING")
+    blocked, told = points(tmp_path, root, "/nowhere")["table runs"]
+    assert blocked
+    assert told == "column mood is not in the contract"
+
+
+def test_a_root_that_is_a_file_is_no_storage(spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert points(tmp_path, str(tmp_path / "file"), "/nowhere")["storage"][0]
+
+
+def test_blocked_is_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main(["--model", str(tmp_path)]) == 3
+    assert "check: blocked, 1 of 3 points" in capsys.readouterr().out

@@ -1,0 +1,68 @@
+"""Housekeeping on real Delta: files are joined, a model's rows go only when it was said so."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs import maintain as job
+from schemas import delta
+from tests import invariants, judged
+
+
+def test_small_files_are_joined_and_no_row_changes(spark: SparkSession, root: str) -> None:
+    for i in range(4):
+        judged.fill(spark, root, "label_probs", [judged.scored(i, "q", [0.7, 0.1, 0.1, 0.1])])
+    before = sorted(map(str, invariants.table(root, "label_probs")))
+    job.maintain(spark, root, ["label_probs"], dry_run=True)
+    assert delta.size(spark, root, "label_probs")[0] == 4
+    job.maintain(spark, root, ["label_probs"])
+    assert delta.size(spark, root, "label_probs")[0] == 1
+    assert sorted(map(str, invariants.table(root, "label_probs"))) == before
+    assert len(list((Path(root) / "label_probs").glob("*.parquet"))) == 5  # old versions can still be read
+    (run,) = delta.read(spark, root, "runs").collect()
+    assert (run["status"], run["counts"]) == ("done", {"joined_files": 4, "removed_files": 0})
+
+
+def test_a_model_is_dropped_only_with_yes_and_never_while_in_force(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "00000000000000ff"
+    row = judged.scored(1, "q", [0.7, 0.1, 0.1, 0.1])
+    judged.fill(spark, root, "label_probs", [row, {**row, "model_id": other}])
+    judged.fill(spark, root, "thresholds", judged.cuts(1, {"": (0.5, 0.5, 0.5)}, "active"))
+    with pytest.raises(ValueError, match="it is in force"):
+        job.drop_model(spark, root, judged.MODEL, yes=True)
+    with pytest.raises(ValueError, match="it has no rows"):
+        job.drop_model(spark, root, "0000000000000000", yes=True)
+    job.drop_model(spark, root, other, yes=False)
+    assert "1 rows of model 00000000000000ff would go; nothing was done" in capsys.readouterr().out
+    assert len(invariants.table(root, "label_probs")) == 2
+    job.drop_model(spark, root, other, yes=True)
+    assert [r["model_id"] for r in invariants.table(root, "label_probs")] == [judged.MODEL]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"), [(["--keep-days", "1"], "at least 7"), (["--yes"], "belongs to --drop-model")]
+)
+def test_a_flag_that_would_take_a_readers_files_is_refused(flags: list[str], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        job.main(["--tables", "/nowhere", *flags])
+
+
+@pytest.mark.slow
+def test_a_day_of_a_commit_a_minute_leaves_few_files(spark: SparkSession, root: str) -> None:
+    """1,440 waves of one row, as a stream with --every "1 minute" commits them; compaction comes with the commits."""
+    began, most = datetime.now(), 0
+    for i in range(1440):
+        row = judged.rows(spark, "label_probs", [judged.scored(i, "q", [0.7, 0.1, 0.1, 0.1], wave_id=f"w{i}")])
+        delta.upsert(spark, root, "label_probs", row)
+        if i % 10 == 0:
+            most = max(most, delta.size(spark, root, "label_probs")[0])
+        if datetime.now() - began > timedelta(minutes=40):
+            pytest.fail(f"only {i} waves in 40 minutes")
+    assert most <= 60
+    assert len(invariants.table(root, "label_probs")) == 1440
