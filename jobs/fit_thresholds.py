@@ -430,6 +430,7 @@ def _fitted(
     given = out_of_fold(rows, wanted, names, segments)
     found = _figures(wanted, names, "out_of_fold", rows, given, segments)
     found += _calibration(rows, final.temperature)
+    found += _guard(spark, root, run, rows, final)
     finals = [final, *(cutter(name, rows, wanted) for name in names[1:])]
     test = local_rows(frame.where("use = 'test'").limit(LOCAL_ROWS))
     if len(test):
@@ -541,6 +542,25 @@ def _calibration(rows: Rows, temperature: float) -> list[Figure]:
         told["log_loss"] = measures.likelihood_loss(p, rows.weights)
         found += [(name, "fit", "", key, value, nan, nan, len(rows)) for key, value in told.items()]
     return found
+
+
+def _guard(spark: SparkSession, root: str, run: runs.Run, rows: Rows, final: Cutter) -> list[Figure]:
+    """How far a cumulative probability of this model moves when a pair is asked again (`noise_max_dp` of its runs), and
+    the share of the judgements that lie so near to a cut: their tier may differ from one run to the next."""
+    mine = (F.col("model_id") == run.model_id) & (F.col("prompt_id") == run.prompt_id)
+    noise = delta.read(spark, root, "runs").where(mine).agg(F.max(F.col("figures")["noise_max_dp"])).collect()[0][0]
+    if noise is None:
+        return []
+    band, nan = 2 * float(noise), float("nan")  # c3 is a sum of two
+    taus = np.array([final.fits.get(s, final.fits[""]).taus for s in rows.segments]).reshape(-1, 3)
+    near = (np.abs(values(final.name, rows.p, final.temperature) - taus) <= band).any(axis=1)
+    share = float(near.mean())
+    print(f"{JOB}: asked again, cumulative probabilities move by up to {band:.1e}; {share:.2%} lie so near to a cut")
+    name = final.name
+    return [
+        (name, "fit", "", key, value, nan, nan, len(rows))
+        for key, value in (("guard_band", band), ("guard_share", share))
+    ]
 
 
 def _store_figures(spark: SparkSession, root: str, run_id: str, found: list[Figure]) -> None:

@@ -22,7 +22,7 @@ def test_small_files_are_joined_and_no_row_changes(spark: SparkSession, root: st
     job.maintain(spark, root, ["label_probs"])
     assert delta.size(spark, root, "label_probs")[0] == 1
     assert sorted(map(str, invariants.table(root, "label_probs"))) == before
-    assert len(list((Path(root) / "label_probs").glob("*.parquet"))) == 5  # old versions can still be read
+    assert len(list((Path(root) / "label_probs").glob("*.parquet"))) >= 5  # old versions can still be read
     (run,) = delta.read(spark, root, "runs").collect()
     assert (run["status"], run["counts"]) == ("done", {"joined_files": 4, "removed_files": 0})
 
