@@ -547,7 +547,7 @@ def _calibration(rows: Rows, temperature: float) -> list[Figure]:
 def _guard(spark: SparkSession, root: str, run: runs.Run, rows: Rows, final: Cutter) -> list[Figure]:
     """How far a cumulative probability of this model moves when a pair is asked again (`noise_max_dp` of its runs), and
     the share of the judgements that lie so near to a cut: their tier may differ from one run to the next."""
-    mine = (F.col("model_id") == run.model_id) & (F.col("prompt_id") == run.prompt_id)
+    mine = (F.col("model_id") == F.lit(run.model_id)) & (F.col("prompt_id") == F.lit(run.prompt_id))
     noise = delta.read(spark, root, "runs").where(mine).agg(F.max(F.col("figures")["noise_max_dp"])).collect()[0][0]
     if noise is None:
         return []
@@ -556,11 +556,8 @@ def _guard(spark: SparkSession, root: str, run: runs.Run, rows: Rows, final: Cut
     near = (np.abs(values(final.name, rows.p, final.temperature) - taus) <= band).any(axis=1)
     share = float(near.mean())
     print(f"{JOB}: asked again, cumulative probabilities move by up to {band:.1e}; {share:.2%} lie so near to a cut")
-    name = final.name
-    return [
-        (name, "fit", "", key, value, nan, nan, len(rows))
-        for key, value in (("guard_band", band), ("guard_share", share))
-    ]
+    told = {"guard_band": band, "guard_share": share}
+    return [(final.name, "fit", "", key, value, nan, nan, len(rows)) for key, value in told.items()]
 
 
 def _store_figures(spark: SparkSession, root: str, run_id: str, found: list[Figure]) -> None:
