@@ -59,6 +59,7 @@ class Chaos:
         self.random = random.Random(args.seed + len(self.fired()))  # noqa: S311 (a schedule)
         self.drivers: dict[str, subprocess.Popen[bytes]] = {}
         self.before: dict[str, int] = {}  # kills before a driver began
+        self.lives: dict[str, float] = {}  # until when a driver is spared
         self.breaches: list[str] = []
         self.ended = threading.Event()
 
@@ -119,6 +120,8 @@ class Chaos:
 
     def start(self, job: str, turn: int) -> subprocess.Popen[bytes]:
         """A driver, in a process group of its own."""
+        # A start that is killed tests nothing: whole drivers die when they had time to get to work.
+        self.lives[job] = time.monotonic() + self.random.uniform(25, 120)
         words = [sys.executable, "-m", "bench.chaos", "--folder", str(self.folder), "--job", job, "--turn", str(turn)]
         words += ["--pairs", str(self.args.pairs)]
         log = open(self.folder / f"{job}.log", "ab")  # noqa: SIM115 (the child's)
@@ -128,12 +131,12 @@ class Chaos:
         """Kills one process of a kind, where there is one at work; an engine gets a word that its next prompt reads."""
         job = self.random.choice(list(self.drivers))
         below = descendants(self.drivers[job].pid)
+        if kind in ("driver", "executor") and time.monotonic() < self.lives[job]:
+            return False
         if kind == "driver":
-            # Not before it is at work: a start that is killed tests nothing.
-            found = [self.drivers[job].pid] if any("pyspark.daemon" in words for _, words in below) else []
+            found = [self.drivers[job].pid]
         elif kind == "executor":
             found = [pid for pid, words in below if "/java" in words or words.startswith("java")]
-            found = found if any("pyspark.daemon" in words for _, words in below) else []
         elif kind == "worker":
             found = [pid for pid, words in below if "pyspark.daemon" in words]
             found = found[1:]  # the first is the daemon that forks them

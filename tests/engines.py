@@ -183,6 +183,32 @@ def load_poisoned(settings: EngineSettings) -> Engine:
     return _loaded[settings]
 
 
+class FallingEngine(FakeEngine):
+    """Goes wrong after some prompts, as one with a corrupted cache. Its folder (`settings.model`) says after how many,
+    and whether engines that are loaded later do so too."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        folder = Path(settings.model)
+        healed = (folder / "loaded").exists() and not (folder / "always").exists()
+        (folder / "loaded").touch()
+        self.left = 10**9 if healed else int((folder / "after").read_text())
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        for answer in super().answers(prompts, label_ids, ahead):
+            self.left -= 1
+            yield answer if self.left > 0 else Answer(answer.index, tuple(reversed(answer.logprobs)), answer.cached)
+
+
+def load_falling(settings: EngineSettings) -> Engine:
+    """The falling engine of this worker process."""
+    if settings not in _loaded:
+        _loaded[settings] = FallingEngine(settings)
+    return _loaded[settings]
+
+
 class DoomedEngine(FakeEngine):
     """Takes two milliseconds a prompt, and exits when the file `die` is in the folder `settings.model`."""
 

@@ -101,15 +101,20 @@ def test_sft_learns_the_rule_and_leaves_an_ordinary_model_folder(base: Path, ans
     assert inspect(str(taught)).weights_hash != inspect(str(base)).weights_hash
 
 
-def test_dpo_prefers_the_right_answers(answers: Form, taught: Path, tmp_path: Path) -> None:
+def preferred(answers: Form) -> list[dict[str, Any]]:
+    """Preferences: the right answer against another label's."""
     rows = []
     for number, lesson in enumerate(lessons(answers)):
         wrong = LABELS[(number + 1 + number // 4 % 3) % 4]
         rejected = answers.target(wrong, f"Seen. So {NAMES[wrong]}.")
         prompt = [*lesson["root"], *lesson["rest"]]
         rows.append({"pair_id": lesson["pair_id"], "prompt": prompt, "chosen": lesson["answer"], "rejected": rejected})
+    return rows
+
+
+def test_dpo_prefers_the_right_answers(answers: Form, taught: Path, tmp_path: Path) -> None:
     how = settings(taught, tmp_path / "dpo", "dpo", epochs=3, learning_rate=5e-4)
-    run(how, rows)
+    run(how, preferred(answers))
     steps = [entry for entry in log(tmp_path / "dpo") if "rewards/margins" in entry]
     assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert steps[-1]["rewards/margins"] > 0.1
@@ -238,8 +243,33 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
     assert steps[0] == steps[1]
 
 
+def cut_short(out: Path, checkpoints: int) -> Path:
+    """A copy of a training's folder, as if it was killed before its last so many checkpoints, or after all of them."""
+    cut = Path(shutil.copytree(out, out.with_name(f"cut {checkpoints}")))
+    for file in ("plan.json", "model.safetensors"):
+        (cut / file).unlink()
+    saved = sorted((cut / "checkpoints").glob("checkpoint-*"), key=lambda c: int(c.name.rsplit("-")[1]))
+    for checkpoint in saved[len(saved) - checkpoints :]:
+        shutil.rmtree(checkpoint)
+    return cut
+
+
+def test_a_dpo_that_goes_on_from_its_checkpoint_ends_with_the_same_weights(
+    answers: Form, taught: Path, tmp_path: Path
+) -> None:
+    def ended(out: Path) -> list[float]:
+        run(settings(taught, out, "dpo", epochs=2, learning_rate=5e-4, checkpoint_every=5), preferred(answers))
+        return [entry["step"] for entry in log(out) if "rewards/margins" in entry]
+
+    whole = ended(tmp_path / "whole")
+    cut = cut_short(tmp_path / "whole", 1)
+    assert ended(cut) == whole
+    assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("every", [2, 1])
 def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
-    answers: Form, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answers: Form, taught: Path, tmp_path: Path, every: int
 ) -> None:
     rows = [
         {"pair_id": str(n), "root": root_of(n, LABELS[n % 4]), "rest": list(QUERY), "label": LABELS[n % 4], "rate": 0.5}
@@ -248,20 +278,25 @@ def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
 
     def ended(out: Path) -> list[tuple[float, float]]:
         how = settings(
-            taught, out, "grpo", steps=30, groups=2, group=4, max_tokens=12, generated_tokens=400, checkpoint_every=2
+            taught,
+            out,
+            "grpo",
+            steps=30,
+            groups=2,
+            group=4,
+            max_tokens=12,
+            generated_tokens=400,
+            checkpoint_every=every,
         )
         run(how, rows, form=answers)
         return [(e["step"], e["generated_tokens"]) for e in log(out) if "generated_tokens" in e]
 
     whole = ended(tmp_path / "whole")
     assert whole[-2][1] < 400 <= whole[-1][1] < 400 + 2 * 4 * 12
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for file in ("plan.json", "model.safetensors"):
-        (tmp_path / "cut" / file).unlink()
-    last = max((tmp_path / "cut/checkpoints").glob("checkpoint-*"), key=lambda c: int(c.name.rsplit("-")[1]))
-    shutil.rmtree(last)  # as killed before its last checkpoint
-    assert ended(tmp_path / "cut") == whole
-    assert weights_hash(str(tmp_path / "cut")) == weights_hash(str(tmp_path / "whole"))
+    for checkpoints in (1, 0):
+        cut = cut_short(tmp_path / "whole", checkpoints)
+        assert ended(cut) == whole
+        assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))
 
 
 def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Form, tmp_path: Path) -> None:
