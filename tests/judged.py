@@ -66,7 +66,7 @@ def sample(pair_id: str, gold: int, label: int, chain: str, **more: Any) -> dict
 def run(run_id: str = "r0", dtype: str = "float32", engine: str = "fake 1") -> dict[str, Any]:
     return {
         "run_id": run_id, "job": "rescore", "status": "done", "counts": {}, "figures": {}, "dtype": dtype,
-        "started_at": NOW,
+        "engine_version": engine, "started_at": NOW,
     }  # fmt: skip
 
 
