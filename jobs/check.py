@@ -35,6 +35,7 @@ from schemas.tables import TABLES
 from udfs import selfcheck
 from udfs.decode import label_probs
 from udfs.engine import EngineSettings, VllmEngine
+from udfs.model import fetched
 from udfs.prompt import Prompt, renderer
 from udfs.render import PRODUCT_TEXT, product_text
 
@@ -223,7 +224,7 @@ def plain_model(folder: str, asked: Prompts, label_ids: Sequence[int]) -> list[l
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        fetched(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
     model.to(device).eval()  # type: ignore[arg-type]
     found = []

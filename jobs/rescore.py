@@ -39,7 +39,7 @@ from schemas.delta import GaveUp
 from schemas.labels import LABELS, P_COLUMNS
 from udfs import adapter, selfcheck
 from udfs.engine import Engine, EngineSettings, load
-from udfs.model import Model, inspect
+from udfs.model import Model, cache_folder, fetched, inspect, is_uri, manifest
 from udfs.prompt import Prompt, renderer
 from udfs.prompt import load as load_prompt
 from udfs.render import product_text, rendered
@@ -95,7 +95,10 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
         "--model",
         required=model_required,
         metavar="M",
-        help="demo, a model folder, a registered model_id, or active: the model of the thresholds in force",
+        help="demo, a model folder or its URI, a registered model_id, or active: the model of the thresholds in force",
+    )
+    parser.add_argument(
+        "--verify", default="quick", choices=("quick", "full"), help="full: each worker hashes the weights whole"
     )
     parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
     parser.add_argument("--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"))
@@ -118,7 +121,8 @@ def _positive(text: str) -> int:
 
 def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
     """Looks at the model folder and reads the prompt, before Spark does any work. Raises ValueError with a sentence."""
-    model = inspect(folder)
+    full = args.verify == "full"
+    model = inspect(folder, full)
     source = args.prompt or model.prompt_file
     if source is None:
         raise ValueError(
@@ -126,7 +130,9 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
             "ChatML models) and pass it with --prompt FILE"
         )
     settings = EngineSettings(
-        model=model.path,
+        model=model.source,
+        manifest=manifest(model.path),
+        weights_hash=model.weights_hash if full else None,
         dtype=args.dtype,
         fp32_head=args.head == "float32",
         max_model_len=min(args.max_model_len, model.max_positions),
@@ -164,10 +170,15 @@ def _folder(name: str) -> str | None:
 
 def whole_folder(folder: str) -> str:
     """The folder itself, or what an adapter and its base make together. Raises ValueError with a sentence."""
+    if is_uri(folder) and adapter.is_adapter(fetched(folder)):
+        raise ValueError(
+            f"{folder} is an adapter, and workers fetch whole models only. Copy it to a folder of this machine, run "
+            "any job with it, which merges it, and put its folder `merged` where the workers reach it"
+        )
     if not adapter.is_adapter(folder):
         return folder
     if Path(folder) == demo.model.demo_adapter():  # a checkout may be read-only
-        return adapter.merge(folder, base_folder(folder), str(demo.model.default_cache() / "demo-tuned"))
+        return adapter.merge(folder, base_folder(folder), str(cache_folder() / "demo-tuned"))
     return adapter.merge(folder, base_folder(folder), str(Path(folder) / adapter.MERGED))
 
 
@@ -731,7 +742,8 @@ class Waves:
         measured = {**recipe.get("metrics", {}), **(known.get("metrics") or {}), **metrics}
         # A merged folder lies inside its adapter's, which a later stage goes on with.
         path = known.get("path")
-        known |= {"path": path if path and Path(model.path).is_relative_to(path) else model.path, "metrics": measured}
+        inside = path and Path(model.path).is_relative_to(path)
+        known |= {"path": path if inside else model.source, "metrics": measured}
         known["config"] = {**(known.get("config") or {}), **config}
         values = [known.get(name) for name in tables.MODELS.names]
         delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [values]))

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+import udfs.model
 from demo import model
+from udfs.model import cache_folder
 
 
 @pytest.fixture
@@ -94,12 +96,12 @@ def test_the_prompt_beside_the_weights_is_the_newest_one(
 
 def test_the_cache_is_the_named_folder_then_the_checkouts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TAOSR1_CACHE", str(tmp_path / "named"))
-    assert model.default_cache() == tmp_path / "named"
+    assert cache_folder() == tmp_path / "named"
     monkeypatch.delenv("TAOSR1_CACHE")
-    assert model.default_cache() == Path(__file__).resolve().parent.parent / ".cache"
-    monkeypatch.setattr(model, "__file__", str(tmp_path / "taosr1.zip" / "demo" / "model.py"))
+    assert cache_folder() == Path(__file__).resolve().parent.parent / ".cache"
+    monkeypatch.setattr(udfs.model, "__file__", str(tmp_path / "taosr1.zip" / "udfs" / "model.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert model.default_cache() == tmp_path / "xdg" / "taosr1"
+    assert cache_folder() == tmp_path / "xdg" / "taosr1"
 
 
 def test_the_model_speaks_english_and_its_tokenizer_knows_turns_and_single_digits() -> None:

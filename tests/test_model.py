@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from udfs.model import QUANTIZATIONS, Model, inspect, weights_hash
+import udfs.model
+from udfs.model import QUANTIZATIONS, Model, fetched, inspect, manifest, refuse_changed, weights_hash
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,6 +57,7 @@ def test_a_good_folder_is_described(folder: Path) -> None:
     model = inspect(str(folder))
     assert model == Model(
         path=str(folder.resolve()),
+        source=str(folder.resolve()),
         model_id=model.model_id,
         weights_hash=weights_hash(str(folder)),
         architecture="LlamaForCausalLM",
@@ -250,7 +253,7 @@ def test_an_adapter_without_anything_else_is_called_an_adapter(tmp_path: Path) -
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for name in (str(tmp_path / "absent"), str(tmp_path / "file"), "s3://bucket/model", "a\0b"):
+    for name in (str(tmp_path / "absent"), str(tmp_path / "file"), "a\0b"):
         with pytest.raises(ValueError, match=r"there is no model folder .* --model demo"):
             inspect(name)
 
@@ -274,3 +277,77 @@ def test_every_quantisation_let_through_is_one_that_the_installed_engine_names()
     listed = Path(found.origin).parent / "model_executor" / "layers" / "quantization" / "__init__.py"
     names = {node.value for node in ast.walk(ast.parse(listed.read_text())) if isinstance(node, ast.Constant)}
     assert set(QUANTIZATIONS) <= names
+
+
+def test_large_weights_are_read_whole_once_and_again_when_they_may_have_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAOSR1_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(udfs.model, "KEPT_FROM_BYTES", 1)
+    read: list[Path] = []
+    hashed = udfs.model._weights_hash
+    monkeypatch.setattr(udfs.model, "_weights_hash", lambda path: read.append(path) or hashed(path))
+    first = weights_hash(str(folder))
+    assert weights_hash(str(folder)) == first == hashed(folder)
+    assert len(read) == 1
+    assert weights_hash(str(folder), whole=True) == first
+    assert len(read) == 2
+    # The same size and time, as a careless copy leaves it: the samples see it.
+    file = folder / "model.safetensors"
+    stat, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert weights_hash(str(folder)) == hashed(folder) != first
+    # A time that moved is a reason to read, even where all samples are the same.
+    os.utime(file, ns=(1, 1))
+    weights_hash(str(folder))
+    assert len(read) == 4
+
+
+def test_a_folder_that_changed_after_it_was_looked_at_is_refused_by_the_worker(folder: Path) -> None:
+    large = np.zeros((600, 1024), np.float16)  # 1.2 MB: more than the samples cover
+    save_file({EMBEDDING: large}, folder / "model.safetensors")
+    looked_at, whole = manifest(str(folder)), weights_hash(str(folder))
+    refuse_changed(str(folder), looked_at, whole)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    # One byte between two samples: only reading all of it can see that.
+    content[30_000] ^= 1
+    file.write_bytes(content)
+    refuse_changed(str(folder), looked_at)
+    with pytest.raises(ValueError, match=r"the weights changed since this job looked at it"):
+        refuse_changed(str(folder), looked_at, whole)
+    # Another training of the same architecture has the same names, sizes and headers.
+    save_file({EMBEDDING: large + 1}, file)
+    write(folder / "tokenizer.json", TOKENIZER | {"version": "2"})
+    with pytest.raises(ValueError, match=r"model.safetensors, tokenizer.json changed"):
+        refuse_changed(str(folder), looked_at)
+
+
+def test_a_model_behind_a_uri_is_copied_once_a_node_and_version(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAOSR1_CACHE", str(tmp_path / "cache"))
+    uri = folder.as_uri()
+    with ThreadPoolExecutor(4) as workers:
+        (copy,) = set(workers.map(fetched, [uri] * 4))
+    assert sorted(f.name for f in Path(copy).iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    model = inspect(uri)
+    assert (model.path, model.source) == (copy, uri)
+    assert model.model_id == inspect(str(folder)).model_id
+    (Path(copy) / "mark").touch()
+    assert fetched(uri + "/") == copy
+    # A copy that was cut off is no copy.
+    partial = tmp_path / "cache" / "models" / (Path(copy).name.split("-")[0] + ".partial")
+    partial.mkdir()
+    (partial / "config.json").write_text("{")
+    changed(folder / "config.json", vocab_size=13)
+    os.utime(copy, (1, 1))
+    newer = fetched(uri)
+    assert newer != copy
+    assert json.loads((Path(newer) / "config.json").read_text())["vocab_size"] == 13
+    assert not Path(copy).exists()  # of last century
+    for wrong in ("nowhere://bucket/model", (tmp_path / "none").as_uri()):
+        with pytest.raises(ValueError, match=f"--model {wrong}"):
+            inspect(wrong)

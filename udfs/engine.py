@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from udfs.model import Manifest, fetched, refuse_changed
+
 # Ends the worker when the engine is broken beyond repair; Spark then starts a new worker for the retry.
 BROKEN_ENGINE_EXIT = 70
 LOADING_SECONDS = 900  # a large model may take minutes to load and to compile its first step: till then nothing hangs
@@ -36,9 +38,12 @@ class EngineSettings:
     that gives prefix hits on CPU. kv_cache_gib: KV cache on CPU. gpu_memory: share of a GPU's memory on CUDA.
     max_num_seqs, max_num_batched_tokens: pairs (or samples) and tokens in one step of the engine.
     tensor_parallel: GPUs that hold one copy of the model. hang_seconds: no step finished for so long is a hang.
+    model: folder or URI. manifest, weights_hash: what it must hold when it is loaded (`udfs.model.refuse_changed`).
     """
 
     model: str
+    manifest: Manifest = ()
+    weights_hash: str | None = None
     dtype: str = "auto"
     fp32_head: bool = True
     max_model_len: int = 2048
@@ -53,8 +58,9 @@ class EngineSettings:
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits over all settings but the model's folder, for `runs`."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "model"}
+        """Twelve hex digits over all settings but which model it is, for `runs`."""
+        about_model = ("model", "manifest", "weights_hash")
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in about_model}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -155,6 +161,9 @@ class VllmEngine:
     """One vLLM engine in this process. Loading takes 10 to 60 s on CPU, minutes for a large model on GPUs."""
 
     def __init__(self, settings: EngineSettings) -> None:
+        folder = fetched(settings.model)
+        if settings.manifest:
+            refuse_changed(folder, settings.manifest, settings.weights_hash)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # see the first lines of this file
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing calls home
@@ -176,7 +185,7 @@ class VllmEngine:
             device["enable_chunked_prefill"] = False
             budget = max(budget, settings.max_model_len)
         arguments = EngineArgs(
-            model=settings.model,
+            model=folder,
             skip_tokenizer_init=True,  # it is fed with ids only; the tokenizer is the prompt's business
             trust_remote_code=False,
             load_format="safetensors",  # "auto" would fall back to pickle files

@@ -3,15 +3,21 @@
 A model is a local folder in the Hugging Face form: config.json, tokenizer.json, *.safetensors. Weights in pickle files
 and Python files beside them are programs that would run on every worker, so no folder that needs them is let through.
 The id of a model is a hash of what decides its answers, so the same bytes in two folders are one model and any other
-byte is another one; a worker that loads the folder inspects it again and compares.
+byte is another one. Weights of many gigabytes are read whole once: what they hashed to is kept, and later looks (each
+worker's too, before its engine loads them) compare a `manifest`: names, sizes, headers, and samples of the contents.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,18 +32,26 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_leng
 # What the saving program writes about itself: it changes no answer.
 _VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version")
 _CHUNK = 8 << 20
+_SAMPLES, _SAMPLE = 64, 4096  # blocks of a weight file that a manifest looks at, and their bytes
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+KEPT_FROM_BYTES = 64 << 20  # smaller weights are hashed whole each time: it takes a moment
+COPY_KEPT_DAYS = 7  # a node's copy of a model that nothing asked for so long goes when another version comes
+
+Manifest = tuple[tuple[str, int, str], ...]  # name, size and mark of each file that decides a model's answers
 
 
 @dataclass(frozen=True)
 class Model:
     """A folder that may be loaded.
 
-    model_id: 16 hex digits over weights, config and tokenizer. vocab_size: token ids that have an embedding.
-    max_positions: longest prompt and answer in tokens. tokenizer_json: the text of tokenizer.json. prompt_file,
-    canaries_file: paths of prompt.json and canaries.json, None where the folder has none.
+    path: on this machine. source: what others are told to load, the URI where `path` is this node's copy. model_id: 16
+    hex digits over weights, config and tokenizer. vocab_size: token ids that have an embedding. max_positions: longest
+    prompt and answer in tokens. tokenizer_json: the text of tokenizer.json. prompt_file, canaries_file: paths of
+    prompt.json and canaries.json, None where the folder has none.
     """
 
     path: str
+    source: str
     model_id: str
     weights_hash: str
     architecture: str
@@ -48,16 +62,17 @@ class Model:
     canaries_file: str | None
 
 
-def inspect(folder: str) -> Model:
-    """Checks a model folder and hashes it (all weights are read once, in chunks of 8 MiB).
+def inspect(where: str, whole: bool = False) -> Model:
+    """Checks a model folder, or the node's copy of what a URI names, and hashes it.
 
-    Raises ValueError with a sentence for every folder that could not be scored with or would run code of its own.
+    whole: read all weights, also where they were hashed before and look the same. Raises ValueError with a sentence for
+    every folder that could not be scored with or would run code of its own.
     """
-    path = Path(folder)
+    path = Path(fetched(where))
     if not path.is_dir():
         raise ValueError(
-            f"there is no model folder {folder!r}; name a local folder with config.json, tokenizer.json and "
-            "*.safetensors (a model of a hub or a bucket: download it first), or: --model demo"
+            f"there is no model folder {where!r}; name a folder or a URI (s3://, gs://, hdfs://, file://) with "
+            "config.json, tokenizer.json and *.safetensors (a model of a hub: download it first), or: --model demo"
         )
     path = path.resolve()
     _refuse_links_and_code(path)
@@ -81,11 +96,12 @@ def inspect(folder: str) -> Model:
             "tokenizer is another model's. Put the tokenizer.json of this model there",
         )
     tokenizer_json = (path / "tokenizer.json").read_text(encoding="utf-8")
-    weights = weights_hash(str(path))
+    weights = weights_hash(str(path), whole)
     lasting = {key: value for key, value in config.items() if key not in _VOLATILE}
     identity = [weights, lasting, hashlib.sha256(tokenizer_json.encode()).hexdigest()]
     return Model(
         path=str(path),
+        source=where if is_uri(where) else str(path),
         model_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
         weights_hash=weights,
         architecture=architecture,
@@ -97,15 +113,132 @@ def inspect(folder: str) -> Model:
     )
 
 
-def weights_hash(folder: str) -> str:
-    """SHA-256, in hex, over names, sizes and contents of the folder's *.safetensors files, sorted by name."""
+def weights_hash(folder: str, whole: bool = False) -> str:
+    """SHA-256, in hex, over names, sizes and contents of the folder's *.safetensors files, sorted by name.
+
+    Contents are read where this node has not hashed them before, or their times or manifest have changed, or `whole`.
+    """
+    path = Path(folder).resolve()
+    stats = [(file.name, file.stat()) for file in _weight_files(path)]
+    if sum(stat.st_size for _, stat in stats) < KEPT_FROM_BYTES:
+        return _weights_hash(path)
+    seen = json.loads(json.dumps([[(name, stat.st_mtime_ns) for name, stat in stats], manifest(folder)]))
+    kept = cache_folder() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        was = json.loads(kept.read_text())
+        if not whole and was["seen"] == seen:
+            return str(was["hash"])
+    found = _weights_hash(path)
+    with contextlib.suppress(OSError):  # nowhere to keep it: it is read again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps({"folder": str(path), "seen": seen, "hash": found}))
+        partial.rename(kept)
+    return found
+
+
+def _weights_hash(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in _weight_files(Path(folder)):
+    for file in _weight_files(path):
         digest.update(f"{len(file.name.encode())}:{file.name}{file.stat().st_size}:".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def manifest(folder: str) -> Manifest:
+    """The files that decide what a model answers: name, size, and a hash of their content.
+
+    Of weights it covers the header (names, types and shapes of the tensors) and `_SAMPLES` blocks spread over the rest,
+    so that another training of the same architecture shows without gigabytes being read.
+    """
+    files = [*_weight_files(Path(folder)), *(Path(folder) / name for name in ("config.json", "tokenizer.json"))]
+    return tuple((file.name, file.stat().st_size, _mark(file)) for file in files if file.is_file())
+
+
+def _mark(file: Path) -> str:
+    digest, size = hashlib.sha256(), file.stat().st_size
+    with file.open("rb") as stream:
+        if file.suffix != ".safetensors" or size <= _SAMPLES * _SAMPLE:
+            return hashlib.sha256(stream.read()).hexdigest()[:16]
+        header = int.from_bytes(stream.read(8), "little")
+        digest.update(stream.read(min(header, size)))
+        for n in range(_SAMPLES):
+            stream.seek((size - _SAMPLE) * n // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def refuse_changed(folder: str, wanted: Sequence[Sequence[str | int]], whole: str | None = None) -> None:
+    """Raises ValueError where a folder is not what was looked at when the job was planned.
+
+    whole: the hash that all bytes of the weights must give; None trusts the manifest.
+    """
+    now, then = ({str(name): (size, mark) for name, size, mark in files} for files in (manifest(folder), wanted))
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if not changed and whole and _weights_hash(Path(folder)) != whole:
+        changed = ["the weights"]
+    if changed:
+        raise ValueError(
+            f"model folder {folder}: {', '.join(changed)} changed since this job looked at it, or this machine has "
+            "another copy; nothing was scored with it. Put the same folder on every machine and start the job again"
+        )
+
+
+def is_uri(where: str) -> bool:
+    """Whether it names a place by its scheme, and not a folder of this machine."""
+    return bool(_URI.match(where))
+
+
+def fetched(where: str) -> str:
+    """The folder of a model on this machine: itself, or the node's own copy of what a URI names.
+
+    A copy is made once for each version of the files (names, sizes, times), under `cache_folder()`/models, by whoever
+    is first; the others wait for its lock. Credentials are those of the machine (pyarrow's file systems: for S3 the
+    environment, the profile or the instance's role). Raises ValueError where there is nothing to copy.
+    """
+    if not is_uri(where):
+        return where
+    from pyarrow import fs
+
+    try:
+        system, path = fs.FileSystem.from_uri(re.sub(r"^s3[an]://", "s3://", where.rstrip("/")))
+        files = [info for info in system.get_file_info(fs.FileSelector(path)) if info.is_file]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {where} cannot be listed: {str(error).splitlines()[0]}") from error
+    if not files:
+        raise ValueError(f"--model {where}: there is no file")
+    version = sorted((info.base_name, info.size, info.mtime_ns) for info in files)
+    place, state = (hashlib.sha256(repr(value).encode()).hexdigest()[:12] for value in (where.rstrip("/"), version))
+    folder = cache_folder() / "models" / f"{place}-{state}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{place}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with its process
+        if not folder.is_dir():
+            partial = folder.with_name(f"{place}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for info in files:
+                fs.copy_files(info.path, str(partial / info.base_name), source_filesystem=system)
+                if (partial / info.base_name).stat().st_size != info.size:
+                    raise ValueError(f"--model {where}: {info.base_name} changed while it was copied; start again")
+            for old in folder.parent.glob(f"{place}-*"):
+                if time.time() - old.stat().st_mtime > 86_400 * COPY_KEPT_DAYS:
+                    shutil.rmtree(old, ignore_errors=True)
+            partial.rename(folder)  # a folder of this name is whole
+        os.utime(folder)
+    return str(folder)
+
+
+def cache_folder() -> Path:
+    """`$TAOSR1_CACHE`, else `.cache` of the checkout, else (run from an archive) `taosr1` in the user's cache."""
+    if named := os.environ.get("TAOSR1_CACHE"):
+        return Path(named).expanduser().resolve()
+    repository = Path(__file__).resolve().parent.parent
+    if (repository / "pyproject.toml").is_file():
+        return repository / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taosr1"
 
 
 def _refusal(path: Path, sentence: str) -> ValueError:
