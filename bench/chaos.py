@@ -1,10 +1,10 @@
 """Nightly and backfill together, killed at random, until every kill has fired: is the end that of an undisturbed run?
 
-python -m bench.chaos --folder F [--kills 200] [--least 30] [--pairs 500] [--seed 7] [--minutes 150]
+python -m bench.chaos --folder F [--kills 200] [--least 30] [--pairs 500] [--seed 7] [--minutes 150] [--cluster]
 
 Two drivers, `rescore` and `backfill`, work on one folder of tables with a fast engine that needs no model. This process
-kills at random: a driver (its Python), an executor (its JVM, which in local mode holds both), a Python worker, an
-engine (which exits in the middle of a prompt, as a broken one does), and starts again what died. When both drivers are
+kills at random: a driver (its Python), an executor (its JVM, which in local mode is the driver's; with --cluster there is a
+standalone cluster of two workers and executors are processes of their own), a Python worker, an engine (which exits in the middle of a prompt, as a broken one does), and starts again what died. When both drivers are
 done, a fresh model's turn begins, and before each night some products get another text. Each kill that fired is a line
 of F/journal.jsonl, from which an interrupted run goes on. A reader (delta-rs) looks at `label_probs` all the while. At
 the end of each turn, every version of the tables is audited (tests/invariants.py), and the rows are compared with those
@@ -18,11 +18,13 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +42,30 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=150.0)
+    parser.add_argument("--cluster", nargs="?", const="", help="on a standalone cluster of two workers")
     parser.add_argument("--job", choices=JOBS, help="(for the drivers that this one starts)")
     parser.add_argument("--turn", type=int, default=0, help="(likewise)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.job:
-        drive(args.folder, args.job, args.turn, args.pairs)
+        drive(args.folder, args.job, args.turn, args.pairs, args.cluster)
         return 0
-    return Chaos(args).run()
+    if args.cluster is None:
+        return Chaos(args).run()
+    from tests.cluster import cluster
+
+    # Workers import the tests' engine from the checkout.
+    os.environ["PYTHONPATH"] = str(REPO)
+    with cluster(args.folder / "cluster", cores=2) as running:
+        args.cluster = running.master
+        return Chaos(args, running.workers).run()
 
 
 class Chaos:
     """The killer, and what it keeps: a journal, the turn it is at."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, workers: Sequence[int] = ()) -> None:
+        self.workers = workers  # of a cluster
         self.args, self.folder = args, args.folder
         self.journal = self.folder / "journal.jsonl"
         self.random = random.Random(args.seed + len(self.fired()))  # noqa: S311 (a schedule)
@@ -93,7 +105,23 @@ class Chaos:
         self.ended.set()
         reader.join()
         print(*self.breaches[:20], sep="\n")
-        return 1 if self.breaches else 0
+        if recovered := self.recoveries():
+            middle = statistics.median(recovered)
+            print(
+                f"chaos: from a kill to the next commit of label_probs: median {middle:.0f} s, most {recovered[-1]:.0f} s"
+            )
+        if wanted := self.wanted():
+            print(f"chaos: the minutes are over, still to kill: {dict(Counter(wanted))}; start again to go on")
+        return 1 if self.breaches or wanted else 0
+
+    def recoveries(self) -> list[float]:
+        """Seconds from each kill to the next commit of label_probs, sorted."""
+        from deltalake import DeltaTable
+
+        table = DeltaTable(f"{self.folder}/tables/label_probs")
+        commits = sorted(commit["timestamp"] / 1000 for commit in table.history())
+        after = [next((c - kill["at"] for c in commits if c > kill["at"]), None) for kill in self.fired()]
+        return sorted(seconds for seconds in after if seconds is not None)
 
     def turn(self, turn: int, until: float) -> None:
         """Lets both drivers work on one model, killing, until both came to their end."""
@@ -123,7 +151,7 @@ class Chaos:
         # A start that is killed tests nothing: whole drivers die when they had time to get to work.
         self.lives[job] = time.monotonic() + self.random.uniform(25, 120)
         words = [sys.executable, "-m", "bench.chaos", "--folder", str(self.folder), "--job", job, "--turn", str(turn)]
-        words += ["--pairs", str(self.args.pairs)]
+        words += ["--pairs", str(self.args.pairs), *(["--cluster", self.args.cluster] if self.args.cluster else [])]
         log = open(self.folder / f"{job}.log", "ab")  # noqa: SIM115 (the child's)
         return subprocess.Popen(words, cwd=REPO, stdout=log, stderr=log, start_new_session=True)  # noqa: S603
 
@@ -131,15 +159,18 @@ class Chaos:
         """Kills one process of a kind, where there is one at work; an engine gets a word that its next prompt reads."""
         job = self.random.choice(list(self.drivers))
         below = descendants(self.drivers[job].pid)
+        at_work = [process for worker in self.workers for process in descendants(worker)] or below
         if kind in ("driver", "executor") and time.monotonic() < self.lives[job]:
             return False
         if kind == "driver":
             found = [self.drivers[job].pid]
         elif kind == "executor":
-            found = [pid for pid, words in below if "/java" in words or words.startswith("java")]
+            java = "CoarseGrainedExecutorBackend" if self.workers else "java"
+            found = [pid for pid, words in at_work if java in words.split(" -", 1)[0] or java in words and self.workers]
         elif kind == "worker":
-            found = [pid for pid, words in below if "pyspark.daemon" in words]
-            found = found[1:]  # the first is the daemon that forks them
+            # Its parent is the daemon that forks workers, and that one's the JVM.
+            daemons = {pid for pid, words in at_work if "pyspark.daemon" in words}
+            found = [pid for pid in daemons if parent(pid) in daemons]
         else:
             word = self.folder / "die"
             if not word.exists():
@@ -213,6 +244,14 @@ def descendants(pid: int) -> list[tuple[int, str]]:
     return found
 
 
+def parent(pid: int) -> int:
+    """The process that started one; 0 where that one is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def model_id(turn: int) -> str:
     """The model of a turn."""
     return f"{turn:016x}"
@@ -241,7 +280,7 @@ def products(count: int, text: int) -> list[Any]:
     ]
 
 
-def drive(folder: Path, job: str, turn: int, pairs: int) -> None:
+def drive(folder: Path, job: str, turn: int, pairs: int, master: str | None = None) -> None:
     """One driver's life."""
     from jobs import rescore as night
     from jobs.backfill import backfill
@@ -252,7 +291,13 @@ def drive(folder: Path, job: str, turn: int, pairs: int) -> None:
 
     night.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 1500
     root = str(folder / "tables")
-    spark = delta.session(job, QUICK)
+    cluster = {
+        "spark.master": master,
+        "spark.cores.max": "2",
+        "spark.executor.cores": "1",
+        "spark.executor.memory": "1g",
+    }
+    spark = delta.session(job, {**QUICK, **(cluster if master else {})})
     queries = [f"kettle {i}" for i in range(10)]
     if job == "rescore":
         put(spark, root, products(pairs // 10, 0 if not (Path(root) / "pairs").exists() else turn), queries)

@@ -30,6 +30,7 @@ from jobs.rescore import (
     Stopped,
     add_night_flags,
     add_scoring_flags,
+    end_when_told,
     exit_code,
     likeliest,
     opened,
@@ -60,7 +61,7 @@ ALLOWED = {
 
 
 def main(argv: list[str]) -> int:
-    """Runs the job; returns 0 when nothing is left, 3 where a gate failed, 5 at the deadline or the limit."""
+    """Runs the job; returns 0 when all that was chosen is scored, 3 where a gate failed, 5 at the deadline."""
     parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
+    end_when_told()
     spark, what = opened(args, JOB, scoring)
     chosen = Chosen(args.where, args.order_by, args.limit, args.sample)
     if args.sample is not None and not args.dry_run:
@@ -83,11 +85,14 @@ def main(argv: list[str]) -> int:
         if in_force is None or in_force.model_id == what.model.model_id:
             raise ValueError("--sample compares with the model in force, and there is none other; leave --sample away")
         old = argparse.Namespace(**{**vars(args), "model": in_force.model_id, "prompt": None})
-        backfill(spark, args.tables, scoring(old, *registered_folder(spark, args.tables, in_force.model_id)), chosen)
+        before = scoring(old, *registered_folder(spark, args.tables, in_force.model_id))
+        run = backfill(spark, args.tables, before, chosen, False, args.retry_failed, args.max_refused, args.deadline)
+        if exit_code(run):
+            return exit_code(run)
     run = backfill(spark, args.tables, what, chosen, args.dry_run, args.retry_failed, args.max_refused, args.deadline)
     if args.sample is not None and not args.dry_run:
         print(*shifts(spark, args.tables, what, chosen, args.by), sep="\n", flush=True)
-    return exit_code(spark, args.tables, run)
+    return exit_code(run)
 
 
 class Chosen:
@@ -188,7 +193,7 @@ class Backfill(Night):
     _predicted: float | None = None  # engine seconds
 
     def fill(self) -> None:
-        """Scores what is left, and again what changed meanwhile. Raises Stopped where the limit left something out."""
+        """Scores what is left, and again what changed meanwhile. Raises Stopped at the deadline."""
         self.forget_removed_pairs()
         for number in range(PASSES):
             judged = self.judged()

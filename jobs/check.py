@@ -1,6 +1,6 @@
 """Says whether a model can score here, over these tables; with --parity, whether the engine computes what it should.
 
-check --model M [--tables T] [--prompt FILE]
+check --tables T [--model M] [--prompt FILE]     (without --model: the one in force)
 check --parity --model M [--tables T] [--pairs 200]
 
 Ready or blocked: one line a point, and where it is blocked the command that mends it; exit code 3 then. Parity scores
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parity", action="store_true", help="compare the engine with the plain model")
     parser.add_argument("--tables", type=delta.root, metavar="T", help="take the pairs from these tables")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="compare on so many pairs (default 200)")
-    rescore.add_scoring_flags(parser)
+    rescore.add_scoring_flags(parser, model_required=False)
     args = parser.parse_args(argv)
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs}: at least 1 pair is needed")
@@ -80,10 +80,14 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], rescore.Scoring | 
         spark = delta.session("check")
         points += [(name, *found) for name, found in tables_of(spark, args.tables)]
     try:
-        found = rescore.model_folder(args.model)
-        if found is None and spark is None:
-            raise ValueError(f"--model {args.model} looks like a model_id; add --tables T, where it is registered")
-        what = rescore.scoring(args, *(found or rescore.registered_folder(spark, args.tables, args.model)))  # type: ignore[arg-type]
+        active = args.model in (None, rescore.ACTIVE)
+        found = None if active else rescore.model_folder(args.model)
+        if found is None:
+            if spark is None:
+                raise ValueError(f"--model {args.model or 'active'} stands in the tables; add --tables T")
+            named = rescore.in_force_now(spark, args.tables)[0] if active else args.model
+            found = rescore.registered_folder(spark, args.tables, named)
+        what = rescore.scoring(args, *found)
         told = (
             f"{what.model.model_id} ({what.model.architecture}), {what.model.vocab_size:,} tokens, no code, no pickle"
         )
@@ -138,11 +142,18 @@ def device() -> tuple[bool, str]:
 def memory(folder: str) -> tuple[bool, str]:
     """Whether the weights fit into this machine's memory, where there is no GPU."""
     weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available()
     told = f"weights {weights / 2**30:,.2f} GiB, {free / 2**30:,.1f} GiB of memory free here"
     if device()[1].startswith("no GPU") and weights * 1.2 > free:
         return True, f"{told}; free some, or use a machine with more"
     return False, told
+
+
+def available() -> int:
+    """Bytes of memory that a new process can have: free, or the kernel's cache of files."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        (line,) = [line for line in file if line.startswith("MemAvailable:")]
+    return int(line.split()[1]) * 1024
 
 
 def tables_of(spark: SparkSession, root: str) -> Iterator[tuple[str, tuple[bool, str]]]:

@@ -14,6 +14,7 @@ import json
 import os
 import pkgutil
 import sys
+import traceback
 
 # spark-submit puts this file's own folder on the path, where `sql.py` or `check.py` would shadow others' modules; the
 # project's packages come from --py-files, or from the folder above in a checkout.
@@ -61,8 +62,6 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
-    from schemas.delta import GaveUp
-
     try:
         return int(importlib.import_module(f"jobs.{job}").main(flags)), None
     except SystemExit as error:  # of argparse, which has said what was wrong
@@ -70,15 +69,25 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
             raise
         return USAGE, None
     except ValueError as error:
-        return USAGE, str(error)
-    except GaveUp as error:
-        return GAVE_UP, str(error)
-    except RuntimeError as error:
-        return FAILED, str(error)
+        if begun():
+            traceback.print_exc()
+        return (FAILED if begun() else USAGE), str(error)
     except (PySparkException, Py4JError) as error:
         text = str(error)
         # Spark has tried a task four times by then. Its error is a page of Java; what a worker said stands in there.
         return (GAVE_UP if "Job aborted" in text or "Task failed" in text else FAILED), text
+    except RuntimeError as error:
+        return getattr(error, "exit_code", FAILED), str(error)
+    except Exception as error:  # a full disk, or a mistake of ours: whoever mends it needs to see where
+        traceback.print_exc()
+        return FAILED, f"{type(error).__name__}: {error}"
+
+
+def begun() -> bool:
+    """Whether a run had begun when the job failed; before, a ValueError says that a flag or file was wrong."""
+    from schemas import runs
+
+    return runs.last is not None and runs.last.status != "done"
 
 
 def last_line(job: str, code: int, error: str | None) -> str:

@@ -97,8 +97,13 @@ def drop_model(spark: SparkSession, root: str, model_id: str, yes: bool) -> None
     if not yes:
         print(f"{JOB}: {count:,} rows of model {model_id} would go; nothing was done. Add --yes to do it", flush=True)
         return
+    runs.close_lost(spark, root)
+    if alive := runs.alive(spark, root, model_id):
+        raise ValueError(f"--drop-model {model_id}: run {alive} of it is alive; wait for it, or end it")
     run = runs.start(spark, root, JOB, model_id)
     try:
+        # The stream remembers how far it looked; without its rows it must look at all pairs again.
+        delta.drop(spark, f"{root}/_checkpoints/rescore", f"{model_id}-*")
         gone = delta.delete(spark, root, "label_probs", rows, ("pair_id", "model_id", "prompt_id"))
     except BaseException as error:
         runs.fail(spark, root, run, error)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -56,13 +57,16 @@ MAX_REFUSED = 1000  # rows of a run
 CANARIES = 5  # known prompts in a shard, as far as their share of the tokens allows
 CANARY_SHARE = 0.005  # of the tokens of work
 NOISE_SAMPLE = 64  # pairs of a run that are asked again in another order
+ASKED = "noise_pairs"  # figure: how many
 FOLLOWED_SECONDS = 20  # between two looks at which model is in force
 NOT_FINITE_SHARE = 0.1  # of a wave's answers: more is a broken engine, not odd pairs
 PORTIONS = 8  # of a line, by how much they are wanted
 MIX_PAIRS = 100  # of a run: with fewer, its mix of labels says nothing
+GATES_SECONDS = 3600.0  # between two looks at the gates in a stream that stays
 STOPPED = 5  # exit code: ended early, as asked
 ACTIVE = "active"
 JOB = "rescore"
+stop_asked = threading.Event()  # by a signal
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,12 @@ class Stopped(Exception):
     """The run ends early, as asked; what is merged is kept, and the next run goes on from there."""
 
 
+class TooManyRefused(RuntimeError):
+    """More rows without an answer than the operator allows."""
+
+    exit_code = 3
+
+
 @dataclass(frozen=True)
 class Scoring:
     """What scores: a model folder that was looked at, the prompt it is asked with, and the engine's settings."""
@@ -86,6 +96,11 @@ class Scoring:
     prompt: Prompt
     settings: EngineSettings
     load_engine: Callable[[EngineSettings], Engine] = load
+
+    @property
+    def regime(self) -> tuple[str, str]:
+        """model_id and prompt_id, by which rows and thresholds belong together."""
+        return self.model.model_id, self.prompt.prompt_id
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
@@ -143,7 +158,14 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
         tensor_parallel=args.tensor_parallel,
         hang_seconds=args.hang_seconds,
     )
-    return Scoring(model, stage, load_prompt(source, model.tokenizer_json, model.vocab_size), settings)
+    prompt = load_prompt(source, model.tokenizer_json, model.vocab_size)
+    if prompt.block % settings.block_size:
+        print(
+            f"prompt {source} cuts the first part at {prompt.block} tokens, but the engine's KV blocks are of "
+            f"{settings.block_size}: pairs of a product will share less than they could",
+            flush=True,
+        )
+    return Scoring(model, stage, prompt, settings)
 
 
 def model_folder(name: str) -> tuple[str, str] | None:
@@ -220,19 +242,29 @@ def opened(
     seen = look(args, *found) if found else None
     spark = delta.session(job)
     delta.prepare(spark, args.tables)
-    model_id = args.model if named else model_in_force(spark, args.tables)
+    model_id = args.model if named else in_force_now(spark, args.tables)[0]
     return spark, seen or look(args, *registered_folder(spark, args.tables, model_id))
 
 
-def model_in_force(spark: SparkSession, root: str) -> str:
-    """model_id of the thresholds in force. Raises ValueError where there are none yet."""
+def in_force_now(spark: SparkSession, root: str) -> tuple[str, str]:
+    """model_id and prompt_id of the thresholds in force. Raises ValueError where there are none yet."""
     in_force = thresholds.active(spark, root)
     if in_force is None:
         raise ValueError(
             "no version of thresholds is in force yet, so no model is; name one: --model demo, a model folder, or a "
             "registered model_id"
         )
-    return in_force.model_id
+    return in_force.model_id, in_force.prompt_id
+
+
+def refuse_other_prompt(spark: SparkSession, root: str, what: Scoring) -> None:
+    """Raises ValueError where the thresholds in force are of this model, but of another prompt: no tier would come."""
+    model_id, prompt_id = in_force_now(spark, root)
+    if model_id == what.model.model_id and prompt_id != what.prompt.prompt_id:
+        raise ValueError(
+            f"the thresholds in force are of prompt {prompt_id}, but model {model_id} would be asked with "
+            f"{what.prompt.prompt_id}; give the file of the former with --prompt FILE, or name the model itself"
+        )
 
 
 def main(argv: list[str]) -> int:
@@ -247,27 +279,40 @@ def main(argv: list[str]) -> int:
     add_scoring_flags(parser, model_required=False)
     args = parser.parse_args(argv)
     follow = args.model in (None, ACTIVE)
+    end_when_told()
     spark, what = opened(args, JOB, scoring)
     others = [argparse.Namespace(**{**vars(args), "model": name, "prompt": None}) for name in args.also]
     also = [opened(other, JOB, scoring)[1] for other in others]
     while True:
+        if follow:
+            refuse_other_prompt(spark, args.tables, what)
+        also = [one for one in also if one.regime != what.regime]  # a candidate that was put into force
         run = rescore(
             spark, args.tables, what, args.every, args.retry_failed, args.max_refused, args.deadline, also, follow
         )
         if run.status != "done" or not (follow and args.every):
-            return exit_code(spark, args.tables, run)
-        what = scoring(args, *registered_folder(spark, args.tables, model_in_force(spark, args.tables)))
+            return exit_code(run)
+        in_force = in_force_now(spark, args.tables)[0]
+        what = next((one for one in also if one.model.model_id == in_force), None) or scoring(
+            args, *registered_folder(spark, args.tables, in_force)
+        )
 
 
 def add_night_flags(parser: argparse.ArgumentParser) -> None:
     """What rescore and backfill share beside the engine."""
-    parser.add_argument("--retry-failed", action="store_true", help="ask again for pairs whose engine died")
+    parser.add_argument("--retry-failed", action="store_true", help="ask again for pairs without probabilities")
     parser.add_argument(
         "--max-refused", type=_positive, default=MAX_REFUSED, metavar="N", help="stop after more rows without an answer"
     )
     parser.add_argument(
         "--deadline", type=next_time, metavar="HH:MM", help="begin no wave after it (this machine's time); exit code 5"
     )
+
+
+def end_when_told() -> None:
+    """SIGTERM ends the job after the wave at work, as the deadline does: a machine that is taken away gives notice."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
 
 
 def next_time(text: str) -> datetime:
@@ -280,12 +325,11 @@ def next_time(text: str) -> datetime:
     return today if today > datetime.now() else today + timedelta(days=1)
 
 
-def exit_code(spark: SparkSession, root: str, run: runs.Run) -> int:
-    """0 done, 3 where one of the run's gates failed, 5 where it stopped early."""
+def exit_code(run: runs.Run) -> int:
+    """0 done, 3 where a gate failed, of this run or of one beside it (--also), 5 where it stopped early."""
     if run.status == "stopped":
         return STOPPED
-    mine = (F.col("run_id") == run.run_id) & (F.col("level") == "fail")
-    return 0 if delta.read(spark, root, "gates").where(mine).isEmpty() else 3
+    return 3 if run.counts.get("gates_failed") else 0
 
 
 def rescore(
@@ -304,9 +348,9 @@ def rescore(
     Without `every` it ends when there is nothing left (Trigger.AvailableNow); with it, it stays. `also`: other models
     that score the same batches after it. `follow`: a stream that stays ends, done, when another model is in force.
     """
-    nights = [opened_night(spark, root, one, max_refused, deadline) for one in (what, *also)]
+    nights = opened_nights(spark, root, (what, *also), max_refused, deadline)
     night = nights[0]
-    night.also = nights[1:]
+    night.also, night.stays = nights[1:], every is not None
     crash("started")
     checkpoint = f"{root}/_checkpoints/{JOB}/{what.model.model_id}-{what.prompt.prompt_id}"
     try:
@@ -320,10 +364,13 @@ def rescore(
         try:
             with engines.kept_alive(spark, what.settings.tensor_parallel, night.between):
                 while not query.awaitTermination(FOLLOWED_SECONDS):
-                    if follow and every and model_in_force(spark, root) != what.model.model_id:
+                    promoted = follow and every and in_force_now(spark, root) != what.regime
+                    if promoted or night.asked_to_stop():
                         with night.between:
                             query.stop()
                         break
+                if every and (why := night.asked_to_stop()):
+                    raise Stopped(why)
         finally:
             query.stop()
         crash("streamed")
@@ -331,35 +378,52 @@ def rescore(
         cause = night.error or error
         if isinstance(cause, Stopped):
             print(f"{JOB}: {cause}", flush=True)
-            stopped = [one.close("stopped", str(cause)) for one in nights]
-            return stopped[0]
+            return closed_nights(nights, "stopped", str(cause))
         for one in nights:
             runs.fail(spark, root, one.run, cause)
-        if isinstance(cause, GaveUp):
-            raise cause from error
+        if night.error:
+            raise night.error from error
         if isinstance(error, StreamingQueryException):
-            told = "" if night.error else (
-                f"\nWhere this speaks of an offset or a log file, the checkpoint is damaged: delete {checkpoint} and "
-                "start again. Nothing is lost and nothing is scored twice: what is judged is known from label_probs."
-            )  # fmt: skip
-            raise RuntimeError(f"{cause}{told}") from error
+            raise RuntimeError(
+                f"{error}\nWhere this speaks of an offset or a log file, the checkpoint is damaged: delete "
+                f"{checkpoint} and start again. Nothing is lost and nothing is scored twice: what is judged is known "
+                "from label_probs."
+            ) from error
         raise
     finally:
         for one in nights:
             delta.drop_scratch(spark, root, one.run.run_id)
-    for one in nights:
-        one.close()
+    closed = closed_nights(nights)
     crash("finished")
-    return night.run
+    return closed
 
 
-def opened_night(spark: SparkSession, root: str, what: Scoring, max_refused: float, deadline: datetime | None) -> Night:
-    """A night whose run has begun. Raises ValueError for a foreign prompt, and where its like is at work already."""
-    refuse_foreign_prompt(spark, root, what)
-    run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=True)
-    night = Night(spark, root, what, run)
-    night.max_refused, night.deadline = max_refused, deadline
-    return night
+def closed_nights(nights: list[Night], status: str = "done", message: str | None = None) -> runs.Run:
+    """Ends the runs; returns the first one's, which also knows of the others' gates."""
+    first, *others = nights
+    for other in others:
+        failed = other.close(status, message).counts.get("gates_failed", 0)
+        if failed:
+            first._count(gates_failed=failed)
+    return first.close(status, message)
+
+
+def opened_nights(
+    spark: SparkSession, root: str, whats: Sequence[Scoring], max_refused: float, deadline: datetime | None
+) -> list[Night]:
+    """Nights whose runs have begun. Raises ValueError for a foreign prompt, and where their like is at work already."""
+    nights: list[Night] = []
+    try:
+        for what in whats:
+            refuse_foreign_prompt(spark, root, what)
+            run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=True)
+            nights.append(Night(spark, root, what, run))
+            nights[-1].max_refused, nights[-1].deadline = max_refused, deadline
+    except BaseException as error:
+        for night in nights:
+            runs.fail(spark, root, night.run, error)
+        raise
+    return nights
 
 
 def refuse_foreign_prompt(spark: SparkSession, root: str, what: Scoring) -> None:
@@ -385,6 +449,7 @@ class Waves:
     max_refused: float = math.inf  # rows of a run without an answer
     deadline: datetime | None = None  # no wave begins after it; local time
     rides = False  # whether canaries ride along: only where labels are asked for
+    stays = False  # whether it is a stream that does not end; max_refused is then of a batch
     least: int | None = None  # tokens of work in a wave (HOT_TOKENS): below, a commit is dearer than what it saves
     _held: ClassVar[EngineSettings | None] = None  # what the workers' engines were last loaded with
 
@@ -400,6 +465,8 @@ class Waves:
         self._owed = 0.0  # tokens that canaries may still cost
         self._merging: tuple[str, dict[str, Any], Future[None]] | None = None
         self._told = time.monotonic()  # when the run's row was last written
+        self._allowed_refused = self.max_refused
+        self._poison: list[str] = []  # pairs on which an engine died in this run
 
     def ask(self, rows: DataFrame) -> DataFrame:
         """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers."""
@@ -408,6 +475,14 @@ class Waves:
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Writes a wave's landed answers, in one commit. Runs while the engines are at the next wave."""
         raise NotImplementedError
+
+    def asked_to_stop(self) -> str | None:
+        """Why no more work is to begin; None where it may."""
+        if stop_asked.is_set():
+            return "asked to end (SIGTERM)"
+        if self.deadline and datetime.now() >= self.deadline:
+            return f"the deadline {self.deadline:%H:%M} is reached"
+        return None
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -444,7 +519,8 @@ class Waves:
     def check_first_use(self, line: prefix.Line) -> None:
         """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
         self.take_engines()
-        what, about = self.what, f"{self.what.settings.dtype} {self.what.settings.hash}"
+        what = self.what
+        about = f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
         row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == what.model.model_id).head()
         metrics, config = (dict((row[name] if row else None) or {}) for name in ("metrics", "config"))
         if f"self_check_dp {about}" in metrics:
@@ -463,6 +539,7 @@ class Waves:
                 .mapInArrow(check, selfcheck.SCHEMA, profile=self._profile())
                 .collect()[0]
             )
+        sample = list(selfcheck.asked(sample, found["attempt"]))
         allowed = selfcheck.NOISE[found["dtype"]]
         print(
             f"{self.run.job}: first use of model {what.model.model_id}: the engine agrees with itself within "
@@ -494,12 +571,13 @@ class Waves:
         Raises Stopped at the deadline, GaveUp where faults do not end, RuntimeError beyond `max_refused`.
         """
         at, wave, done, began = 0, 0, 0, time.monotonic()
+        self._allowed_refused = self.max_refused + (self.run.counts.get("refused", 0) if self.stays else 0)
         with ThreadPoolExecutor(1, "merge") as merger:
             try:
                 while at < line.length:
-                    if self.deadline and datetime.now() >= self.deadline:
+                    if why := self.asked_to_stop():
                         left = f"{line.prompts - done:,} of {line.prompts:,} pairs are left"
-                        raise Stopped(f"the deadline {self.deadline:%H:%M} is reached; {left} for the next run")
+                        raise Stopped(f"{why}; {left} for the next run")
                     count = engines.count(self.spark, self.what.settings.tensor_parallel)
                     width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
                     # A last wave of a few rows would cost a commit of its own.
@@ -608,8 +686,8 @@ class Waves:
         self._tally(figures)
         crash("told")
         delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
-        if self.run.counts.get("refused", 0) > self.max_refused:
-            raise RuntimeError(
+        if self.run.counts.get("refused", 0) > self._allowed_refused:
+            raise TooManyRefused(
                 f"stopped: {self.run.counts['refused']:,} pairs were refused, more than --max-refused "
                 f"{self.max_refused:,}. What was judged is kept; column outcome of label_probs says why. Mend the "
                 "pairs or raise the limit, and start again."
@@ -635,14 +713,19 @@ class Waves:
         answered = answered.where(~died)
         while suspects:
             print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
-            pieces = [half for stretch in suspects for half in prefix.halves(stretch)]
+            pieces = dict(enumerate(half for stretch in suspects for half in prefix.halves(stretch)))
             landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
+            # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
+            at_once = 1 if engines.is_local(self.spark) else len(pieces)
             with self.timed("scoring"), engines.own_workers(self.spark):
-                self.ask(line.pieces(pieces)).write.parquet(landed, mode="overwrite")
+                for first in range(0, len(pieces), at_once):
+                    some = {number: pieces[number] for number in range(first, min(first + at_once, len(pieces)))}
+                    self.ask(line.pieces(some)).write.parquet(landed, mode="append")
             asked = self.spark.read.parquet(files.literal(landed))
             dead = prefix.stretches(asked.where(died))
             alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
             answered = answered.unionByName(asked.where(~died | F.col("shard").isin(alone)))
+            self._poison += [row["pair_id"] for row in asked.where(died & F.col("shard").isin(alone)).collect()]
             suspects = [stretch for number, stretch in dead.items() if number not in alone]
             deaths, level = deaths + len(dead) + len(alone), level + 1
             if deaths > allowed:
@@ -767,6 +850,8 @@ class Night(Waves):
         self.error: BaseException | None = None
         self._version = 0  # of pairs, at which the batch was read
         self.between = threading.Lock()  # held while a batch is worked on
+        self._written = 0  # rows of label_probs that this run's commits inserted or changed
+        self._looked = time.monotonic()  # when the gates were last looked at
 
     def forget_removed_pairs(self) -> None:
         """Removes label_probs rows, of all models, whose pair is gone."""
@@ -797,6 +882,9 @@ class Night(Waves):
             changed = changed.select("pair_id").distinct()
             for night in (self, *self.also):
                 night.score_changed(changed, name)
+                if self.stays and time.monotonic() - night._looked > GATES_SECONDS:
+                    night.look_at_gates()
+                    night.run = replace(night.run, figures={k: v for k, v in night.run.figures.items() if k != ASKED})
 
     def judged(self) -> DataFrame:
         """What this model and prompt have judged."""
@@ -810,8 +898,8 @@ class Night(Waves):
         return delta.read(self.spark, self.root, "pairs", self._version)
 
     def retry_failed(self) -> None:
-        """Asks again for the pairs on which an engine died."""
-        failed = F.col("outcome") == "engine_failed"
+        """Asks again for the pairs that have no probabilities: an engine died on them, or they were too long for it."""
+        failed = F.col("outcome") != self.done
         judged = self.judged()
         seen = self.pairs().join(judged.where(failed).select("pair_id"), "pair_id", how="left_semi")
         self.score(seen, "retried", judged.where(~failed))
@@ -901,17 +989,19 @@ class Night(Waves):
         # A writer that slept must not put old text over new; and what another run scored meanwhile stays.
         newer = (
             "new.pairs_version >= old.pairs_version AND (new.content_hash <> old.content_hash "
-            "OR old.outcome = 'engine_failed' AND new.outcome <> 'engine_failed')"
+            "OR old.outcome <> 'scored' AND new.outcome <> old.outcome)"
         )
-        delta.upsert(self.spark, self.root, "label_probs", new, newer)
+        written = delta.upsert(self.spark, self.root, "label_probs", new, newer)
+        self._written += written["inserted"] + written["updated"]
 
     def ask_again(self, line: prefix.Line) -> None:
         """Once a run, some of its pairs in another order and other company: how far their probabilities move is the
         noise under every figure and every cut."""
-        if "noise_pairs" in self.run.figures:
+        if ASKED in self.run.figures:
             return
         count = min(NOISE_SAMPLE, max(4, int(line.prompts * CANARY_SHARE)))
         some = line.rows.where(F.size("ids") < self.what.settings.max_model_len)
+        some = some.where(~F.col("pair_id").isin(self._poison))
         some = some.orderBy(F.xxhash64("pair_id")).limit(count)
         with self.timed("check"), engines.own_workers(self.spark):
             again = {row["pair_id"]: row for row in self.ask(some.repartition(1)).collect()}
@@ -922,23 +1012,31 @@ class Night(Waves):
         if moved:
             flips = sum(max(P_COLUMNS, key=a.__getitem__) != max(P_COLUMNS, key=b.__getitem__) for a, b in both)
             mean = sum(moved) / len(moved)
-            self._measure(noise_pairs=len(both), noise_max_dp=max(moved), noise_mean_dp=mean, noise_flips=flips)
+            self._measure(**{ASKED: len(both)}, noise_max_dp=max(moved), noise_mean_dp=mean, noise_flips=flips)
 
     def close(self, status: str = "done", message: str | None = None) -> runs.Run:
         """Writes the run's gates and its end; returns its row."""
         self._split()
+        self.look_at_gates()
+        self._measure(rows_written=self._written)
+        self.run = runs.finish(self.spark, self.root, self.run, status, message)
+        print(summary(self.run), flush=True)
+        return self.run
+
+    def look_at_gates(self) -> None:
+        """Writes the run's gates as they are now, and tells those that are not in order."""
         told = self.gates()
         if told:
-            delta.append(self.spark, self.root, "gates", delta.rows(self.spark, "gates", told))
+            delta.upsert(self.spark, self.root, "gates", delta.rows(self.spark, "gates", told))
         for _, name, level, found, allowed, note in told:
             if level != "ok":
                 print(
                     f"{self.run.job}: gate {name}: {level}, found {found:.3g}, allowed {allowed:.3g}: {note}",
                     flush=True,
                 )
-        self.run = runs.finish(self.spark, self.root, self.run, status, message)
-        print(summary(self.run), flush=True)
-        return self.run
+        self._looked = time.monotonic()
+        if failed := sum(level == "fail" for _, _, level, *_ in told):
+            self._count(gates_failed=failed)
 
     def gates(self) -> list[tuple[str, str, str, float | None, float, str]]:
         """What was looked at, as rows of `gates`; also keeps the mix of labels for the next run to compare with."""
@@ -1011,16 +1109,18 @@ def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]
         return []
     render = renderer(prompt)
     expected = []
-    for canary in json.loads(Path(model.canaries_file).read_text(encoding="utf-8")):
-        try:
+    try:
+        for canary in json.loads(Path(model.canaries_file).read_text(encoding="utf-8")):
             product = render.product(**product_text(canary))
             p = [float(x) for x in canary["p"]]
+            if len(p) != len(LABELS) or not abs(sum(p) - 1) < 1e-3:
+                raise ValueError(f"p = {p}")
             expected.append((render.join(product, render.query(canary["query"])), p))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{model.canaries_file}: {error!r}; each entry needs query, title, and p (four probabilities of "
-                "labels 4, 3, 2, 1). Mend the file or remove it."
-            ) from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{model.canaries_file}: {error!r}; each entry needs query, title, and p (four probabilities of "
+            "labels 4, 3, 2, 1, that sum to 1). Mend the file or remove it."
+        ) from error
     return expected
 
 
@@ -1037,7 +1137,7 @@ def summary(run: runs.Run) -> str:
     """What the run did, for people."""
     counts = run.counts
     text = (
-        f"{JOB}: done · {counts.get('seen', 0):,} seen, {counts.get('skipped', 0):,} skipped, "
+        f"{run.job}: {run.status} · {counts.get('seen', 0):,} seen, {counts.get('skipped', 0):,} skipped, "
         f"{counts.get('scored', 0):,} scored, {counts.get('refused', 0):,} refused"
     )
     if not counts.get("scored"):

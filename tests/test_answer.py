@@ -23,7 +23,7 @@ END = json.loads(TOKENIZER)["added_tokens"][2]["id"]  # <|im_end|>
 
 def answers(folder: Path, order: str = "post", **config: object) -> Form:
     (folder / "config.json").write_text(json.dumps({"eos_token_id": END, **config}))
-    model = Model(str(folder), "0123456789abcdef", "ff", "Fake", 512, 2048, TOKENIZER, None, None)
+    model = Model(str(folder), "0123456789abcdef", "ff", "Fake", 512, 2048, TOKENIZER, None, None, "")
     return form(model, load(PROMPT, TOKENIZER, 512), order)
 
 

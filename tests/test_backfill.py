@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -113,7 +116,7 @@ def test_the_deadline_ends_it_after_a_wave_and_the_next_run_goes_on(
     assert run.status == "stopped"
     assert "of 96 pairs are left" in (run.message or "")
     assert 0 < kept < 96
-    assert job.exit_code(spark, root, run) == 5
+    assert job.exit_code(run) == 5
     again = backfill(spark, root, scoring())
     assert (again.counts["skipped"], again.counts["scored"]) == (kept, 96 - kept)
 
@@ -171,5 +174,11 @@ def test_a_second_run_of_its_like_is_refused_while_the_first_is_alive(spark: Spa
     with pytest.raises(ValueError, match=rf"run {first.run_id} of backfill with this model and prompt is alive"):
         backfill(spark, root, what)
     runs.finish(spark, root, first, "done")
+    # One that was killed between its lease and its row, and one of another machine that renews no more.
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "born": "1"}
+    for name, who in (("dead", dead), ("gone", {"host": "elsewhere", "pid": 1, "born": "1"})):
+        file = Path(root) / "_leases" / f"{name}.json"
+        file.write_text(json.dumps(who))
+        os.utime(file, (1, 1))
     assert backfill(spark, root, what).counts["scored"] == 3
     assert not list((Path(root) / "_leases").glob("[!.]*"))

@@ -36,7 +36,9 @@ def test_tables_without_pairs_and_a_model_that_is_none_are_in_the_way(
     assert f"bring some: ingest --tables {root} --pairs FILE" in told
     assert found["model and prompt"][0]
     judged.fill(spark, root, "pairs", [judged.pair(1, "kettle")])
-    assert points(tmp_path, root, str(tmp_path / "model"))["tables"] == (False, "14 of 14, 1 pairs")
+    found = points(tmp_path, root, "active")
+    assert found["tables"] == (False, "14 of 14, 1 pairs")
+    assert "no version of thresholds is in force yet" in found["model and prompt"][1]
 
 
 def test_a_table_that_does_not_fit_is_named_with_the_sql_that_mends_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -83,6 +84,18 @@ elif how == "breaks":
     def step():
         raise RuntimeError("CUDA error: device-side assert")
     engine._engine.step = step
+    selfcheck.probabilities(engine, prompts, labels)
+elif how == "hungry":
+    import resource, torch
+    from pyspark import SparkFiles
+    SparkFiles._is_running_on_worker, SparkFiles._root_directory = True, model
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    real = engine._engine.step
+    def step():
+        torch.empty(2**33, dtype=torch.uint8)
+        return real()
+    engine._engine.step = step
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
     selfcheck.probabilities(engine, prompts, labels)
 elif how == "slow":
     real = engine._engine.step
@@ -185,6 +198,15 @@ def test_an_engine_that_breaks_ends_its_process_and_says_why(tiny: Path) -> None
     ended = python(_REAL, str(tiny), "breaks")
     assert ended.returncode == 70
     assert "the engine is broken (RuntimeError: CUDA error" in ended.stderr
+
+
+@pytest.mark.slow
+def test_an_engine_that_runs_out_of_memory_ends_its_process_and_leaves_a_note(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "tiny")
+    ended = python(_REAL, str(tmp_path / "tiny"), "hungry")
+    assert ended.returncode == 70, ended.stderr[-2000:]
+    assert "allocate memory" in ended.stderr
+    assert len((tmp_path / "tiny" / "engines-out-of-memory").read_text().split()) == 1
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def what(tmp_path_factory: pytest.TempPathFactory) -> rescore.Scoring:
     made = test_rescore.scoring()
     folder = tmp_path_factory.mktemp("model")
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {FORM.end_ids[0]}}}')
-    model = Model(str(folder), "0123456789abcdef", "ff", "Fake", 512, 2048, made.model.tokenizer_json, None, None)
+    model = Model(str(folder), "0123456789abcdef", "ff", "Fake", 512, 2048, made.model.tokenizer_json, None, None, "")
     return rescore.Scoring(model, "external", made.prompt, made.settings, made.load_engine)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from partitioner import engines, prefix
 from schemas import crash, delta, runs
 from tests import invariants, judged
 from tests.conftest import REPO
-from tests.engines import load_fake, load_falling, load_poisoned
+from tests.engines import load_fake, load_falling, load_hungry, load_poisoned
 from tests.test_rescore import PRODUCTS, QUERIES, probs, put, scoring
 from udfs.engine import EngineSettings
 from udfs.prompt import Renderer
@@ -157,7 +158,6 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     put(spark, root, kettles, queries)
     bad = [(0, queries[0]), (products // 2, queries[1]), (products // 2, queries[2])]
     what = poisoned(tmp_path / "engine", kettles, bad)
-    monkeypatch.setattr(job.Waves, "check_first_use", lambda *_: None)
     monkeypatch.setattr(job.Waves, "least", 10**9)  # all in one shard
     run = rescore(spark, root, what)
     rows = probs(spark, root).where("outcome <> 'scored'").collect()
@@ -166,7 +166,8 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     n = products * each
     assert (run.counts["scored"], run.counts["refused"]) == (n - 3, 3)
     deaths = (tmp_path / "engine" / "deaths").read_text().splitlines()
-    assert len(deaths) <= 3 * math.ceil(math.log2(n)) + 3
+    assert len(deaths) <= 1 + 3 * math.ceil(math.log2(n)) + 3  # one at the check of first use
+    assert not (tmp_path / "engine" / "beside").exists()  # never two engines at once
     assert not invariants.audit(root, MODEL)
     shutil.rmtree(Path(root) / "_checkpoints")
     assert rescore(spark, root, what).engine_loads is None  # not tried again
@@ -174,6 +175,13 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     again = Scoring(what.model, what.stage, what.prompt, EngineSettings(model=str(tmp_path / "engine")), load_poisoned)
     assert rescore(spark, root, again, retry_failed=True).counts["scored"] == 3
     assert probs(spark, root).where("outcome = 'scored'").count() == n
+
+
+@pytest.mark.slow
+def test_an_engine_that_runs_out_of_memory_comes_back_with_smaller_steps(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    run = rescore(spark, root, replace(scoring(), load_engine=load_hungry))
+    assert (run.counts["scored"], run.counts["refused"]) == (12, 0)  # of 128, 64 and 32 prompts in a step
 
 
 def test_too_many_refused_pairs_stop_the_run(spark: SparkSession, root: str) -> None:
@@ -267,7 +275,12 @@ def test_a_stream_that_stays_follows_a_promotion_and_a_candidate_is_kept_current
     run = rescore(spark, root, old, every="1 second", also=[new], follow=True)
     assert (run.status, run.model_id, merged) == ("done", MODEL, [MODEL, "f" * 16])
     assert not invariants.audit(root, MODEL, "f" * 16) + invariants.left(root)
-    assert rescore(spark, root, new).counts == {"seen": 12, "skipped": 12}
+    # The candidate is the model now; a stream without work sees its deadline too.
+    deadline = datetime.now() + timedelta(seconds=2)
+    run = rescore(spark, root, new, every="1 second", follow=True, deadline=deadline)
+    assert (run.status, run.counts) == ("stopped", {"seen": 12, "skipped": 12})
+    with pytest.raises(ValueError, match=r"the thresholds in force are of prompt .* --prompt FILE"):
+        job.refuse_other_prompt(spark, root, replace(new, prompt=replace(new.prompt, prompt_id="other")))
 
 
 NIGHT = """
@@ -304,6 +317,23 @@ def test_a_process_killed_at_any_step_leaves_what_the_next_one_makes_whole(
     assert len(invariants.table(root, "label_probs")) == 12
     ends = sorted(row["status"] for row in invariants.table(root, "runs"))
     assert ends in (["done"], ["done", "done"], ["done", "lost"])
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_the_next_one_completes_it(spark: SparkSession, root: str) -> None:
+    kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, None) for i in range(40)]
+    put(spark, root, kettles, [f"kettle {i}" for i in range(50)])
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    words = [sys.executable, "-c", NIGHT, root, "rescore"]
+    # No file may grow beyond 40 KiB: a write fails as on a full disk, whoever runs this test.
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *words]
+    full = subprocess.run(limited, env=environment, capture_output=True, text=True)
+    assert full.returncode == 1
+    assert "File too large" in full.stderr
+    assert not invariants.audit(root)
+    subprocess.run(words, env=environment, check=True, capture_output=True)
+    assert not invariants.audit(root, MODEL) + invariants.left(root)
+    assert len(invariants.table(root, "label_probs")) == 2000
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs import maintain as job
-from schemas import delta
+from schemas import delta, runs
 from tests import invariants, judged
 
 
@@ -41,7 +41,15 @@ def test_a_model_is_dropped_only_with_yes_and_never_while_in_force(
     job.drop_model(spark, root, other, yes=False)
     assert "1 rows of model 00000000000000ff would go; nothing was done" in capsys.readouterr().out
     assert len(invariants.table(root, "label_probs")) == 2
+    checkpoint = Path(root) / "_checkpoints" / "rescore"
+    for model in (other, judged.MODEL):
+        (checkpoint / f"{model}-{judged.PROMPT}").mkdir(parents=True)
+    alive = runs.start(spark, root, "backfill", other)
+    with pytest.raises(ValueError, match=f"run {alive.run_id} of it is alive"):
+        job.drop_model(spark, root, other, yes=True)
+    runs.finish(spark, root, alive, "done")
     job.drop_model(spark, root, other, yes=True)
+    assert [folder.name for folder in checkpoint.iterdir()] == [f"{judged.MODEL}-{judged.PROMPT}"]
     assert [r["model_id"] for r in invariants.table(root, "label_probs")] == [judged.MODEL]
 
 

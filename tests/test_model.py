@@ -57,7 +57,6 @@ def test_a_good_folder_is_described(folder: Path) -> None:
     model = inspect(str(folder))
     assert model == Model(
         path=str(folder.resolve()),
-        source=str(folder.resolve()),
         model_id=model.model_id,
         weights_hash=weights_hash(str(folder)),
         architecture="LlamaForCausalLM",
@@ -66,6 +65,7 @@ def test_a_good_folder_is_described(folder: Path) -> None:
         tokenizer_json=json.dumps(TOKENIZER),
         prompt_file=str(folder.resolve() / "prompt.json"),
         canaries_file=None,
+        source=str(folder.resolve()),
     )
     assert len(model.model_id) == 16
     assert "vocab" not in repr(model).replace("vocab_size", "")
@@ -286,7 +286,12 @@ def test_large_weights_are_read_whole_once_and_again_when_they_may_have_changed(
     monkeypatch.setattr(udfs.model, "KEPT_FROM_BYTES", 1)
     read: list[Path] = []
     hashed = udfs.model._weights_hash
-    monkeypatch.setattr(udfs.model, "_weights_hash", lambda path: read.append(path) or hashed(path))
+
+    def noted(path: Path) -> str:
+        read.append(path)
+        return hashed(path)
+
+    monkeypatch.setattr(udfs.model, "_weights_hash", noted)
     first = weights_hash(str(folder))
     assert weights_hash(str(folder)) == first == hashed(folder)
     assert len(read) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,18 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from jobs import main as dispatcher
 from jobs import rescore as job
 from jobs.rescore import Scoring, rescore
 from partitioner import prefix
-from schemas import delta, tables
+from schemas import delta, runs, tables
 from tests import judged
 from tests.engines import load_drifting, load_fake, load_mortal, logprobs
 from tests.models import PROMPT, tiny_tokenizer
 from udfs.engine import EngineSettings
 from udfs.model import Model
 from udfs.prompt import Renderer, load
+from udfs.selfcheck import asked
 
 PRODUCTS = [
     ("k1", "Steel kettle 1.7 l", {"material": "steel"}, "Boils water for four cups of tea in three minutes. " * 4),
@@ -31,7 +35,7 @@ QUERIES = ["kettle not plastic", "blue towel", "cheap kettle", "gift for a newbo
 
 def scoring(max_model_len: int = 512, **prompt: Any) -> Scoring:
     tokenizer = tiny_tokenizer()
-    model = Model("/nowhere", "0123456789abcdef", "ff", "Fake", 512, 2048, tokenizer, None, None)
+    model = Model("/nowhere", "0123456789abcdef", "ff", "Fake", 512, 2048, tokenizer, None, None, "/nowhere")
     settings = EngineSettings(model="/nowhere", max_model_len=max_model_len)
     return Scoring(model, "external", load({**PROMPT, **prompt}, tokenizer, 512), settings, load_fake)
 
@@ -104,6 +108,31 @@ def test_only_the_pairs_of_a_changed_product_are_scored_again(spark: SparkSessio
 
 
 @pytest.mark.slow
+def test_a_night_costs_what_changed(spark: SparkSession, root: str) -> None:
+    text = "Boils water for four cups of tea in three minutes. " * 5
+    kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, text) for i in range(100)]
+    queries = [f"kettle for {i} cups" for i in range(10)]
+    put(spark, root, kettles, queries)
+    full = rescore(spark, root, scoring())
+    assert (full.computed_tokens, full.counts["scored"]) == (full.block_floor, 1000)
+    put(spark, root, [("k7", "Steel kettle 7, red", {}, text)], queries)  # all pairs of 1 % of the products
+    some = rescore(spark, root, scoring())
+    assert some.counts["scored"] == 10
+    assert some.computed_tokens is not None
+    assert full.computed_tokens is not None
+    assert some.computed_tokens <= 0.02 * full.computed_tokens
+    for i in range(10):  # 1 % of the pairs, anywhere
+        put(spark, root, [kettles[i * 9]], [f"pot of {i}"])
+    some = rescore(spark, root, scoring())
+    assert some.counts["scored"] == 10
+    assert some.computed_tokens is not None
+    assert some.block_floor is not None
+    assert some.computed_tokens <= 1.02 * some.block_floor
+    none = rescore(spark, root, scoring())
+    assert (none.counts, none.engine_loads, none.computed_tokens) == ({"seen": 0}, None, None)
+
+
+@pytest.mark.slow
 def test_a_lost_checkpoint_costs_no_tokens(spark: SparkSession, root: str) -> None:
     import shutil
 
@@ -132,7 +161,7 @@ def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
         return upsert(session, where, name, *rest)
 
     monkeypatch.setattr(delta, "upsert", third_wave_fails)
-    with pytest.raises(RuntimeError, match="disk full"):
+    with pytest.raises(OSError, match="disk full"):
         rescore(spark, root, scoring())
     monkeypatch.setattr(delta, "upsert", upsert)
     kept = probs(spark, root).count()
@@ -152,6 +181,9 @@ def test_a_prompt_that_is_too_long_gets_a_row_without_probabilities(spark: Spark
     assert [(r["outcome"], r["p_excellent"], r["p_outside"]) for r in rows] == [("too_long", None, None)] * 4
     assert all(r["tokens_cut"] > 0 for r in rows)
     assert (run.counts["scored"], run.counts["refused"]) == (12, 4)
+    assert rescore(spark, root, scoring()).counts == {"seen": 0}  # not by itself, although it has room now
+    assert rescore(spark, root, scoring(), retry_failed=True).counts["scored"] == 4
+    assert probs(spark, root).where("outcome = 'scored'").count() == 16
 
 
 @pytest.mark.slow
@@ -209,7 +241,48 @@ def test_canaries_that_are_off_stop_the_run(spark: SparkSession, root: str, tmp_
     what = scoring()
     file = tmp_path / "canaries.json"
     file.write_text(json.dumps([{"query": "kettle", "title": "Steel kettle", "p": [0.97, 0.01, 0.01, 0.01]}]))
-    model = Model("/nowhere", "0123456789abcdef", "ff", "Fake", 512, 2048, what.model.tokenizer_json, None, str(file))
+    model = replace(what.model, canaries_file=str(file))
     with pytest.raises(RuntimeError, match=r"does not agree with its canaries\.json"):
         rescore(spark, root, Scoring(model, "external", what.prompt, what.settings, load_fake))
     assert probs(spark, root).isEmpty()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", '[{"query": "kettle", "title": "Kettle"}]', '[{"query": "k", "title": "K", "p": [0.5, 0.5]}]',
+     '[{"query": "k", "title": "K", "p": [1, 1, 1, 1]}]', '[{"title": "K", "p": [1, 0, 0, 0]}]'],
+)  # fmt: skip
+def test_canaries_that_are_none_are_refused_by_the_name_of_their_file(tmp_path: Path, text: str) -> None:
+    what, file = scoring(), tmp_path / "canaries.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"canaries\.json: .*; each entry needs query, title, and p"):
+        job.canaries(replace(what.model, canaries_file=str(file)), what.prompt)
+
+
+def test_a_check_that_killed_its_engine_asks_other_prompts_at_each_try() -> None:
+    prompts = list(range(12))
+    assert asked(prompts, 0) == prompts
+    assert sorted(p for attempt in (1, 2, 3) for p in asked(prompts, attempt)) == prompts
+
+
+def test_lines_for_people_say_which_job_and_how_it_ended() -> None:
+    run = runs.Run("r", "backfill", "stopped", judged.NOW, counts={"seen": 5, "skipped": 1, "scored": 0, "refused": 4})
+    assert job.summary(run) == "backfill: stopped · 5 seen, 1 skipped, 0 scored, 4 refused"
+    line = job.progress("rescore", 30, 120, 1000, 4000, 10.0)
+    assert line == "rescore: 30 of 120 pairs · 3.0 pairs/s · 100 tokens/s · 0.5 min left"
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("absent", "there is no model folder"), ("pickled", r"pytorch_model\.bin, which is not loaded")],
+)
+def test_a_model_that_cannot_score_stops_the_job_before_spark(
+    tmp_path: Path, folder: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "max_position_embeddings": 9}
+    (tmp_path / "pickled" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(delta, "session", lambda *_: pytest.fail("Spark was started"))
+    assert dispatcher.main(["rescore", "--tables", str(tmp_path), "--model", str(tmp_path / folder)]) == 2
+    assert re.search(reason, capsys.readouterr().err)

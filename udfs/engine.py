@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from udfs.model import Manifest, fetched, refuse_changed
@@ -164,6 +165,7 @@ class VllmEngine:
         folder = fetched(settings.model)
         if settings.manifest:
             refuse_changed(folder, settings.manifest, settings.weights_hash)
+        settings = within_memory(settings)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # see the first lines of this file
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing calls home
@@ -328,9 +330,54 @@ class _broken_engine_ends_the_process:
         import traceback
 
         traceback.print_exception(error)
+        if _out_of_memory(error):
+            note_out_of_memory()
         print(f"the engine is broken ({kind.__name__ if kind else ''}: {error}); this worker ends", file=sys.stderr)
         sys.stderr.flush()
         os._exit(BROKEN_ENGINE_EXIT)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or any(
+        words in text for words in ("outofmemory", "out of memory", "can't allocate memory", "cannot allocate memory")
+    )
+
+
+def note_out_of_memory() -> None:
+    """Notes beside Spark's files of this executor, which go with it, that an engine ran out of memory here."""
+    if notes := _notes():
+        with open(notes, "a", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def within_memory(settings: EngineSettings) -> EngineSettings:
+    """The settings with half as many prompts and tokens in a step for each engine that ran out of memory on this
+    executor, at most three times: beyond that it is a prompt, or the machine."""
+    notes = _notes()
+    count = min(3, len(notes.read_text().split())) if notes and notes.exists() else 0
+    if not count:
+        return settings
+    less = dataclasses.replace(
+        settings,
+        max_num_seqs=max(1, settings.max_num_seqs >> count),
+        max_num_batched_tokens=max(settings.block_size, settings.max_num_batched_tokens >> count),
+    )
+    print(
+        f"engine: {count} ran out of memory on this executor; a step takes {less.max_num_seqs} prompts and "
+        f"{less.max_num_batched_tokens} tokens now",
+        file=sys.stderr,
+        flush=True,
+    )
+    return less
+
+
+def _notes() -> Path | None:
+    """The file of notes; None outside a Spark worker."""
+    from pyspark import SparkFiles
+
+    folder = SparkFiles._root_directory if SparkFiles._is_running_on_worker else None
+    return Path(folder) / "engines-out-of-memory" if folder else None
 
 
 _loaded: dict[EngineSettings, VllmEngine] = {}

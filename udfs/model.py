@@ -51,7 +51,6 @@ class Model:
     """
 
     path: str
-    source: str
     model_id: str
     weights_hash: str
     architecture: str
@@ -60,6 +59,7 @@ class Model:
     tokenizer_json: str = field(repr=False)
     prompt_file: str | None
     canaries_file: str | None
+    source: str
 
 
 def inspect(where: str, whole: bool = False) -> Model:
@@ -101,7 +101,6 @@ def inspect(where: str, whole: bool = False) -> Model:
     identity = [weights, lasting, hashlib.sha256(tokenizer_json.encode()).hexdigest()]
     return Model(
         path=str(path),
-        source=where if is_uri(where) else str(path),
         model_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
         weights_hash=weights,
         architecture=architecture,
@@ -110,6 +109,7 @@ def inspect(where: str, whole: bool = False) -> Model:
         tokenizer_json=tokenizer_json,
         prompt_file=_optional(path / "prompt.json"),
         canaries_file=_optional(path / "canaries.json"),
+        source=where if is_uri(where) else str(path),
     )
 
 

@@ -35,6 +35,8 @@ _COST = pa.schema(
     ]
 )
 _READ_AHEAD = 4  # batches; each is spark.sql.execution.arrow.maxRecordsPerBatch rows
+# Rows that leave together. Spark ends a worker that says nothing for half an hour: a slow engine must speak sooner.
+_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def answered(engine: Engine, batches: Iterable[pa.RecordBatch], question: Questi
 
     def prompts() -> Prompts:
         asked = 0
-        for number, batch in enumerate(_read_ahead(batches)):
+        for number, batch in enumerate(_pieces(_read_ahead(batches))):
             if batch is None:
                 yield None
                 continue
@@ -178,6 +180,14 @@ class _Batch(Generic[A]):
 def _chain(first: pa.RecordBatch, rest: Batches) -> Batches:
     yield first
     yield from (b for b in rest if b.num_rows)
+
+
+def _pieces(batches: Iterable[pa.RecordBatch | None]) -> Iterator[pa.RecordBatch | None]:
+    for batch in batches:
+        if batch is None:
+            yield None
+            continue
+        yield from (batch.slice(at, _TOGETHER) for at in range(0, batch.num_rows, _TOGETHER))
 
 
 def _read_ahead(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch | None]:
