@@ -3,11 +3,12 @@
 python -m bench.chaos --folder F [--kills 200] [--least 30] [--pairs 500] [--seed 7] [--minutes 150] [--cluster]
 
 Two drivers, `rescore` and `backfill`, work on one folder of tables with a fast engine that needs no model. This process
-kills at random: a driver (its Python), an executor (its JVM, which in local mode is the driver's; with --cluster there is a
-standalone cluster of two workers and executors are processes of their own), a Python worker, an engine (which exits in the middle of a prompt, as a broken one does), and starts again what died. When both drivers are
-done, a fresh model's turn begins, and before each night some products get another text. Each kill that fired is a line
-of F/journal.jsonl, from which an interrupted run goes on. A reader (delta-rs) looks at `label_probs` all the while. At
-the end of each turn, every version of the tables is audited (tests/invariants.py), and the rows are compared with those
+kills at random: a driver (its Python), an executor (its JVM, which in local mode is the driver's; with --cluster there
+is a standalone cluster of two workers, and executors are processes of their own), a Python worker, an engine (which
+exits in the middle of a prompt, as a broken one does), and starts again what died. When both drivers are done, a fresh
+model's turn begins, and before each night some products get another text. Each kill that fired is a line of
+F/journal.jsonl, from which an interrupted run goes on. A reader (delta-rs) looks at `label_probs` all the while. At the
+end of each turn, every version of the tables is audited (tests/invariants.py), and the rows are compared with those
 that the engine, which is a pure function of the prompt, must have given.
 """
 
@@ -108,7 +109,7 @@ class Chaos:
         if recovered := self.recoveries():
             middle = statistics.median(recovered)
             print(
-                f"chaos: from a kill to the next commit of label_probs: median {middle:.0f} s, most {recovered[-1]:.0f} s"
+                f"chaos: from a kill to the next commit of label_probs: median {middle:.0f} s, most {recovered[-1]:.0f}"
             )
         if wanted := self.wanted():
             print(f"chaos: the minutes are over, still to kill: {dict(Counter(wanted))}; start again to go on")
@@ -165,8 +166,8 @@ class Chaos:
         if kind == "driver":
             found = [self.drivers[job].pid]
         elif kind == "executor":
-            java = "CoarseGrainedExecutorBackend" if self.workers else "java"
-            found = [pid for pid, words in at_work if java in words.split(" -", 1)[0] or java in words and self.workers]
+            executors = [pid for pid, words in at_work if "CoarseGrainedExecutorBackend" in words]
+            found = executors if self.workers else [pid for pid, words in below if "java" in words.split(" -", 1)[0]]
         elif kind == "worker":
             # Its parent is the daemon that forks workers, and that one's the JVM.
             daemons = {pid for pid, words in at_work if "pyspark.daemon" in words}
@@ -291,13 +292,11 @@ def drive(folder: Path, job: str, turn: int, pairs: int, master: str | None = No
 
     night.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 1500
     root = str(folder / "tables")
-    cluster = {
-        "spark.master": master,
-        "spark.cores.max": "2",
-        "spark.executor.cores": "1",
-        "spark.executor.memory": "1g",
-    }
-    spark = delta.session(job, {**QUICK, **(cluster if master else {})})
+    conf = dict(QUICK)
+    if master:
+        conf |= {"spark.master": master, "spark.cores.max": "2", "spark.executor.cores": "1"}
+        conf |= {"spark.executor.memory": "1g"}
+    spark = delta.session(job, conf)
     queries = [f"kettle {i}" for i in range(10)]
     if job == "rescore":
         put(spark, root, products(pairs // 10, 0 if not (Path(root) / "pairs").exists() else turn), queries)
