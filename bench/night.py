@@ -1,26 +1,31 @@
 """One night through the job and through bare vLLM: the same prompts, the same order, the same machine, in turns.
 
-python -m bench.night [--model demo|tiny|FOLDER] [--products 100] [--pairs 30] [--rounds 3]
+python -m bench.night [--model demo-base|tiny|FOLDER] [--shape log|wands|esci] [--products 100] [--rounds 3]
+                      [--kv-cache-gib 1] [--arrival] [--server]
 
-The night: products of the demo catalogue, each with the same number of queries drawn over all kinds. A round runs, each
-in a process of its own, bare vLLM (`LLM.generate` on the job's prompts in the job's order), the same on prompts whose
-product part is not cut at a block's boundary, and the whole rescore job on local Spark. Printed are pairs a second, the
-job's ratio to bare vLLM, and the tokens computed against the trie's nodes and the block floor.
+The night: products of the demo catalogue, each with some queries. Shapes: log, 30 pairs a product and queries by Zipf's
+law; wands, 5 pairs a product and 480 a query; esci, 1.5 pairs a product. A round runs, each in a process of its own,
+bare vLLM (`LLM.generate` on the job's prompts in the job's order), the same on prompts whose product part is not cut at
+a block's boundary, and the whole rescore job on local Spark. --arrival adds the job on pairs in the order they came
+(its planner does not sort), --server a vLLM API server on this machine that Spark tasks ask over HTTP, a pair a
+request, 128 at a time. Printed are pairs a second, ratios, and the tokens computed against the trie's nodes and the
+block floor.
 
-Engine start-up and one warm-up are left out on both sides. "engine" is the time the engine was at work, "waves" the
-wall time of scoring, landing and merging, "job" all of it with planning, Delta and Spark's streaming.
+Engine start-up and one warm-up are left out on all sides. "engine" is the time the engine was at work, "waves" the wall
+time of scoring, landing and merging, "job" all of it with planning, Delta and Spark's streaming.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,26 +33,35 @@ from typing import Any
 import demo.catalogue
 import demo.model
 
+SHAPES = ("log", "wands", "esci")
+
 
 def main() -> None:
     """Runs the rounds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="demo", help="demo, tiny (4 layers, 256 wide, random), a folder")
+    parser.add_argument("--model", default="demo-base", help="demo-base, tiny (4 layers, 256 wide, random), a folder")
+    parser.add_argument("--shape", default="log", choices=SHAPES)
     parser.add_argument("--products", type=int, default=100)
-    parser.add_argument("--pairs", type=int, default=30, help="pairs a product")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kv-cache-gib", type=float, default=1.0)
+    parser.add_argument("--arrival", action="store_true", help="also the job without its plan")
+    parser.add_argument("--server", action="store_true", help="also Spark asking a vLLM API server")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(args.model, Path(folder))
-        night = a_night(args.products, args.pairs)
+        night = a_night(args.products, args.shape)
         rounds = []
         for number in range(args.rounds):
-            root = f"{folder}/tables-{number}"
-            figures = apart(the_job, model, night, root)
+            root, cache = f"{folder}/tables-{number}", args.kv_cache_gib
+            figures = apart(the_job, model, night, root, cache)
             prompts = json.loads(Path(root, "prompts.json").read_text())
-            figures["bare"] = apart(bare_vllm, model, prompts["aligned"])
+            figures["bare"] = apart(bare_vllm, model, prompts["aligned"], cache)
             if not number:
-                figures["unaligned"] = apart(bare_vllm, model, prompts["unaligned"])
+                figures["unaligned"] = apart(bare_vllm, model, prompts["unaligned"], cache)
+            if args.arrival:
+                figures["arrival"] = apart(the_job, model, night, f"{root}-arrival", cache, True)
+            if args.server:
+                figures["server"] = apart(over_http, model, prompts["arrival"], cache)
             rounds.append(figures)
             print(f"round {number + 1}: {summary(figures, len(night))}", flush=True)
         report(rounds, len(night), args)
@@ -59,21 +73,30 @@ def model_folder(name: str, folder: Path) -> str:
         from tests.models import tiny_model
 
         return str(tiny_model(folder / "tiny", width=256, layers=4))
-    return str(demo.model.demo_model()) if name == "demo" else name
+    return str(demo.model.demo_model()) if name == "demo-base" else name
 
 
-def a_night(products: int, pairs: int) -> list[dict[str, Any]]:
-    """`products` × `pairs` rows. Where the catalogue ends it begins again with a numbered title."""
+def a_night(products: int, shape: str) -> list[dict[str, Any]]:
+    """The pairs of `products` products. Where the catalogue ends it begins again with a numbered title."""
     rows: list[dict[str, Any]] = [dict(row) for row in demo.catalogue.rows()]
     catalogue = list({row["product_id"]: row for row in rows}.values())
-    queries = itertools.cycle(sorted({row["query"] for row in rows}))
+    queries = sorted({row["query"] for row in rows})
+    random_ = random.Random(products)  # noqa: S311 (a made-up night)
+    if shape == "wands":
+        queries = random_.sample(queries, max(5, 5 * products // 480))
+    odds = [1 / (n + 1) if shape == "log" else 1.0 for n in range(len(queries))]
     night = []
     for number in range(products):
         product = catalogue[number % len(catalogue)]
         edition = f" no. {number // len(catalogue) + 1}" if number >= len(catalogue) else ""
         text = {**product, "product_id": str(number), "title": product["title"] + edition}
         text.pop("label"), text.pop("split")
-        night += [{**text, "query": query} for query in itertools.islice(queries, pairs)]
+        pairs = {"log": 30, "wands": 5, "esci": 1 + number % 2}[shape]
+        chosen: set[str] = set()
+        while len(chosen) < pairs:
+            chosen |= set(random_.choices(queries, odds, k=pairs - len(chosen)))
+        night += [{**text, "query": query} for query in sorted(chosen)]
+    random_.shuffle(night)
     return night
 
 
@@ -84,14 +107,14 @@ def apart(work: Any, *arguments: Any) -> dict[str, Any]:
     return found
 
 
-def bare_vllm(model: str, prompts: list[list[int]]) -> dict[str, Any]:
+def bare_vllm(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
     """Seconds that `LLM.generate` takes for all prompts, and the tokens it computed."""
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     from vllm import LLM, SamplingParams
 
     from udfs.engine import EngineSettings
 
-    settings = EngineSettings(model=model)
+    settings = EngineSettings(model=model, kv_cache_gib=cache)
     llm: Any = LLM(
         model=model,
         skip_tokenizer_init=True,
@@ -115,9 +138,85 @@ def bare_vllm(model: str, prompts: list[list[int]]) -> dict[str, Any]:
     return {"seconds": seconds, "computed": computed}
 
 
-def the_job(model: str, night: list[dict[str, Any]], root: str) -> dict[str, Any]:
-    """Ingests the night, warms the engine up on a few pairs, rescores the rest; writes the prompts it used."""
+def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
+    """Seconds that Spark's tasks take to ask an API server on this machine, each pair in a request of its own."""
+    import subprocess
+    import sys
+    import urllib.request
+
+    from schemas import delta
+
+    port, served = 18_765, "model"
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
+    words += ["--host", "127.0.0.1", "--served-model-name", served, "--enforce-eager", "--block-size", "32"]
+    words += ["--max-model-len", "2048", "--max-num-seqs", "128", "--max-num-batched-tokens", "2048"]
+    words += ["--hf-overrides", '{"head_dtype": "float32"}', "--kv-cache-memory-bytes", str(int(cache * 2**30))]
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    with open(f"{tempfile.gettempdir()}/bench-server.log", "wb") as log:
+        server = subprocess.Popen([*words, "--disable-uvicorn-access-log"], env=environment, stdout=log, stderr=log)  # noqa: S603
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            if server.poll() is not None:
+                raise RuntimeError(f"the server ended, see {log.name}")
+            time.sleep(1)
+        ask = asker(f"http://127.0.0.1:{port}/v1/completions", served)
+        spark = delta.session("bench")
+        warm = spark.createDataFrame([(ids[::-1],) for ids in prompts[:256]], "ids ARRAY<INT>").repartition(2)
+        warm.mapInPandas(ask, "p DOUBLE").collect()
+        asked = spark.createDataFrame([(ids,) for ids in prompts], "ids ARRAY<INT>").repartition(2).localCheckpoint()
+        began = time.monotonic()
+        answered = asked.mapInPandas(ask, "p DOUBLE").count()
+        seconds = time.monotonic() - began
+        spark.stop()
+    finally:
+        server.terminate()
+        server.wait()
+    if answered != len(prompts):
+        raise RuntimeError(f"{answered} of {len(prompts)} answers came")
+    return {"seconds": seconds}
+
+
+def asker(url: str, model: str) -> Any:
+    """What a task does: 64 requests at a time (there are two tasks), each for one token and its log-probabilities."""
+
+    def ask(frames: Any) -> Any:
+        import pandas as pd
+        import requests
+
+        session = requests.Session()
+        session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=64))
+
+        def one(ids: Any) -> float:
+            body: Any = {
+                "model": model,
+                "prompt": [int(i) for i in ids],
+                "max_tokens": 1,
+                "temperature": 0,
+                "logprobs": 5,
+            }
+            answer = session.post(url, json=body, timeout=600)
+            answer.raise_for_status()
+            return float(answer.json()["choices"][0]["logprobs"]["token_logprobs"][0])
+
+        with ThreadPoolExecutor(64) as pool:
+            for frame in frames:
+                yield pd.DataFrame({"p": list(pool.map(one, frame["ids"]))})
+
+    return ask
+
+
+def the_job(model: str, night: list[dict[str, Any]], root: str, cache: float, arrival: bool = False) -> dict[str, Any]:
+    """Ingests the night, warms the engine up on a few pairs, rescores the rest; writes the prompts it used.
+
+    arrival: the line is in the order in which pairs came, not sorted by prefix.
+    """
+    from pyspark.sql import functions as F
+
     from jobs import ingest, rescore
+    from partitioner import prefix
     from schemas import delta
     from udfs.engine import EngineSettings
     from udfs.model import inspect
@@ -130,7 +229,15 @@ def the_job(model: str, night: list[dict[str, Any]], root: str) -> dict[str, Any
     looked_at = inspect(model)
     spec = json.loads(Path(looked_at.prompt_file or "").read_text())
     prompt = load(spec, looked_at.tokenizer_json, looked_at.vocab_size)
-    what = rescore.Scoring(looked_at, "external", prompt, EngineSettings(model=model))
+    what = rescore.Scoring(looked_at, "external", prompt, EngineSettings(model=model, kv_cache_gib=cache))
+    if arrival:
+        lined_up = prefix.lined_up
+
+        def as_they_came(rows: Any, parts: int, block: int) -> Any:
+            order = F.substring(F.conv(F.substring("pair_id", 1, 7), 16, 10), 1, 12).cast("int")
+            return lined_up(rows.withColumn("portion", order), parts, block)
+
+        setattr(prefix, "lined_up", as_they_came)  # noqa: B010
     seconds: dict[str, float] = {}
     for rows in (warm, night):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -140,7 +247,10 @@ def the_job(model: str, night: list[dict[str, Any]], root: str) -> dict[str, Any
         setattr(rescore.Waves, "run_line", timed.method)  # noqa: B010
         began = time.monotonic()
         run = rescore.rescore(spark, root, what)
-        seconds = {"job": time.monotonic() - began, "waves": timed.seconds, "engine": run.engine_seconds or 0.0}
+        # The first pass loaded the engine; where it was lost meanwhile, loading is no pace either.
+        loading = run.figures.get("seconds_startup", 0.0)
+        seconds = {"job": time.monotonic() - began - loading, "waves": timed.seconds - loading}
+        seconds["engine"] = run.engine_seconds or 0.0
         setattr(rescore.Waves, "run_line", timed.inner)  # noqa: B010
     pairs = delta.read(spark, root, "pairs").where("product_id NOT LIKE 'warm-%'")
     unaligned = load({**spec, "block": 1}, looked_at.tokenizer_json, looked_at.vocab_size)
@@ -148,6 +258,7 @@ def the_job(model: str, night: list[dict[str, Any]], root: str) -> dict[str, Any
         name: sorted(list(row["ids"]) for row in rendered(pairs, p).select("ids").collect())
         for name, p in (("aligned", prompt), ("unaligned", unaligned))
     }
+    prompts["arrival"] = random.Random(0).sample(prompts["aligned"], len(prompts["aligned"]))  # noqa: S311
     Path(root, "prompts.json").write_text(json.dumps(prompts))
     figures = {
         "prompt_tokens": run.prompt_tokens,
@@ -181,16 +292,25 @@ class Timed:
 def summary(figures: dict[str, Any], pairs: int) -> str:
     """One round in a line."""
     seconds = {"bare": figures["bare"]["seconds"]} | {name: figures[name] for name in ("engine", "waves", "job")}
+    if "arrival" in figures:
+        seconds["arrival"] = figures["arrival"]["job"]
+    if "server" in figures:
+        seconds["server"] = figures["server"]["seconds"]
     return " · ".join(f"{name} {pairs / s:,.1f} pairs/s ({seconds['bare'] / s:.2f})" for name, s in seconds.items())
 
 
 def report(rounds: list[dict[str, Any]], pairs: int, args: argparse.Namespace) -> None:
     """Medians over the rounds, and the token figures, which do not vary."""
     one = rounds[0]
-    print(f"\n{args.model} ({one['dtype']}): {pairs:,} pairs, {args.pairs} a product, {args.rounds} rounds")
+    print(f"\n{args.model} ({one['dtype']}), {args.shape}: {pairs:,} pairs of {args.products:,} products")
     for name in ("engine", "waves", "job"):
         ratios = sorted(r["bare"]["seconds"] / r[name] for r in rounds)
         print(f"  {name:<7} ÷ bare vLLM  median {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    for peer in ("arrival", "server"):
+        if peer in one:
+            took = [r[peer].get("job", r[peer].get("seconds")) for r in rounds]
+            ratios = sorted(other / r["job"] for other, r in zip(took, rounds, strict=True))
+            print(f"  job ÷ {peer:<12} median {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     for name, tokens in (
         ("prompt", one["prompt_tokens"]),
         ("trie nodes", one["trie"]),
@@ -198,6 +318,7 @@ def report(rounds: list[dict[str, Any]], pairs: int, args: argparse.Namespace) -
         ("computed by the job", one["computed"]),
         ("bare vLLM, same prompts", one["bare"]["computed"]),
         ("bare vLLM, not aligned", one["unaligned"]["computed"]),
+        *([("in order of arrival", one["arrival"]["computed"])] if "arrival" in one else []),
     ):
         print(
             f"  {name:<24} {tokens / pairs:7.1f} tokens a pair  {tokens / one['trie']:6.2f} × trie  "
