@@ -1,0 +1,179 @@
+"""Does it scale: with executors, and with the number of pairs?
+
+python -m bench.scaling executors [--pairs 2000]            (a standalone cluster of one worker, then of two)
+python -m bench.scaling pairs [--sizes 10000 100000 1000000]
+
+executors: a backfill with an engine that needs no model and takes a fixed time a token (it sleeps, so two of them fit
+on one core). Printed is the time of the waves with one and with two executors, and their ratio.
+
+pairs: plans a night of so many pairs, and merges 10,000 rows into as many judged ones: seconds, seconds a pair ×
+log2(pairs) against the smallest size, and the memory of the driver's Python. Nothing is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.engines import FakeEngine
+from udfs.engine import Answer, Engine, EngineSettings
+
+REPO = Path(__file__).resolve().parent.parent
+SECONDS_A_TOKEN = 2e-4
+
+
+class PacedEngine(FakeEngine):
+    """Takes the same time for each token that its perfect cache does not hold."""
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        """As the fake engine, but slowly."""
+        owed, asked = 0.0, []
+
+        def noted() -> Iterator[Sequence[int] | None]:
+            for prompt in prompts:
+                if prompt is not None:
+                    asked.append(len(prompt))
+                yield prompt
+
+        for answer in super().answers(noted(), label_ids, ahead):
+            owed += SECONDS_A_TOKEN * (asked[answer.index] - answer.cached)
+            if owed > 0.05:
+                time.sleep(owed)
+                owed = 0.0
+            yield answer
+
+
+_loaded: dict[EngineSettings, PacedEngine] = {}
+
+
+def load_paced(settings: EngineSettings) -> Engine:
+    """The paced engine of this worker process."""
+    if settings not in _loaded:
+        _loaded[settings] = PacedEngine(settings)
+    return _loaded[settings]
+
+
+def main() -> None:
+    """Measures the one or the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("executors", "pairs"))
+    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    args = parser.parse_args()
+    os.environ["PYTHONPATH"] = str(REPO)  # of the workers
+    with tempfile.TemporaryDirectory() as folder:
+        if args.what == "executors":
+            executors(Path(folder), args.pairs)
+        else:
+            sizes(Path(folder), args.sizes)
+
+
+def executors(folder: Path, pairs: int) -> None:
+    """Times the waves of the same backfill on one executor and on two."""
+    from jobs import rescore
+    from jobs.backfill import backfill
+    from schemas import delta
+    from tests.cluster import cluster
+    from tests.test_rescore import put, scoring
+
+    took = {}
+    for count in (1, 2):
+        with cluster(folder / f"cluster{count}", workers=count, cores=1) as running:
+            conf = {"spark.master": running.master, "spark.executor.memory": "1g", "spark.ui.enabled": "false"}
+            spark = delta.session("scaling", conf)
+            root, what = str(folder / f"tables{count}"), replace(scoring(), load_engine=load_paced)
+            put(spark, root, kettles(10), [f"warm {i}" for i in range(10)])
+            backfill(spark, root, what)
+            put(spark, root, kettles(pairs // 10), [f"kettle {i}" for i in range(10)])
+            rescore.WAVE_SECONDS = 30.0
+            run = backfill(spark, root, what)
+            took[count] = run.figures["seconds_scoring"]
+            print(
+                f"{count} executor(s): {run.counts['scored']:,} pairs, {run.waves} waves, scoring {took[count]:.1f} s, "
+                f"engines at work {run.engine_seconds:.1f} s, {run.engine_loads} loads",
+                flush=True,
+            )
+            spark.stop()
+    print(f"speed-up of two executors: {took[1] / took[2]:.2f}")
+
+
+def kettles(count: int) -> list[Any]:
+    """Products with some text."""
+    text = "Boils water for four cups of tea in three minutes. " * 5
+    return [(f"k{i}", f"Steel kettle {i}", {"litres": str(i % 30)}, text) for i in range(count)]
+
+
+def sizes(folder: Path, wanted: Sequence[int]) -> None:
+    """Times planning, and the commit of a wave, at each number of pairs."""
+    from pyspark.sql import functions as F
+
+    from jobs.rescore import Night
+    from schemas import delta, runs, tables
+    from tests.judged import PROMPT
+    from tests.test_rescore import scoring
+
+    spark = delta.session("scaling", {"spark.driver.memory": "6g"})
+    first: dict[str, float] = {}
+    for count in wanted:
+        root = str(folder / f"tables{count}")
+        delta.prepare(spark, root)
+        made = spark.range(count).select(
+            F.concat(F.lit("kettle for "), F.col("id") % 30, F.lit(" cups")).alias("query"),
+            F.concat(F.lit("k"), F.floor(F.col("id") / 30)).alias("product_id"),
+            F.lit("en").alias("locale"),
+            F.concat(F.lit("Steel kettle "), F.floor(F.col("id") / 30)).alias("title"),
+            F.lit("Boils water for four cups of tea in three minutes. " * 5).alias("description"),
+        )
+        made = made.withColumn("pair_id", tables.pair_id(F.col("locale"), F.col("query"), F.col("product_id")))
+        given = {"content_hash": F.md5("title"), "updated_at": F.current_timestamp()}
+        there = made.withColumns(given).columns
+        missing = [
+            F.lit(None).cast(column.type).alias(column.name)
+            for column in tables.PAIRS.columns
+            if column.name not in there
+        ]
+        delta.append(spark, root, "pairs", made.withColumns(given).select("*", *missing).select(*tables.PAIRS.names))
+        what = scoring()
+        night = Night(spark, root, what, runs.start(spark, root, "scaling", what.model.model_id))
+        began = time.monotonic()
+        line, total = night.plan(night.pairs(), "line", night.judged())
+        seconds = {"planning": time.monotonic() - began}
+        if not line.prompts == total == count:
+            raise RuntimeError(f"{line.prompts} prompts of {total} pairs were planned, not {count}")
+        rows = night.pairs().select(
+            "pair_id", F.lit(what.model.model_id).alias("model_id"), F.lit(PROMPT).alias("prompt_id"), "query",
+            "product_id", "locale", *[F.lit(0.25).alias(p) for p in ("p_excellent", "p_related", "p_mismatch")],
+            F.lit(0.25).alias("p_irrelevant"), F.lit(0.0).alias("p_outside"), F.lit("scored").alias("outcome"),
+            "content_hash", F.lit(0).cast("bigint").alias("pairs_version"), F.lit("w").alias("wave_id"),
+            F.lit(9).alias("prompt_tokens"), F.lit(0).alias("tokens_cut"), F.lit("r").alias("run_id"),
+            F.current_timestamp().alias("scored_at"),
+        ).select(*tables.LABEL_PROBS.names)  # fmt: skip
+        delta.append(spark, root, "label_probs", rows.limit(max(0, count - 10_000)))
+        wave = f"{folder}/wave{count}"
+        rows.join(delta.read(spark, root, "label_probs").select("pair_id"), "pair_id", "left_anti").write.parquet(wave)
+        began = time.monotonic()
+        delta.upsert(spark, root, "label_probs", spark.read.parquet(wave).select(*tables.LABEL_PROBS.names))
+        seconds["commit"] = time.monotonic() - began
+        delta.drop_scratch(spark, root, night.run.run_id)
+        runs.finish(spark, root, night.run, "done")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        for name, took in seconds.items():
+            each = took / (count * math.log2(count))
+            first.setdefault(name, each)
+            print(f"{count:>9,} pairs: {name:<8} {took:7.1f} s, {each / first[name]:5.2f} × n log n", end="  ")
+        print(f"driver's Python {memory:,.0f} MiB, {len(line.starts)} parts", flush=True)
+    spark.stop()
+
+
+if __name__ == "__main__":
+    main()
