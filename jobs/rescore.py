@@ -45,6 +45,7 @@ from udfs.prompt import Prompt, renderer
 from udfs.prompt import load as load_prompt
 from udfs.render import product_text, rendered
 from udfs.score import scored_schema, scorer
+from udfs.stream import loader
 
 T = TypeVar("T")
 WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
@@ -463,6 +464,7 @@ class Waves:
         self._work = 0  # tokens of work done
         self._outside: float | None = None  # sum of p_outside over scored rows
         self._owed = 0.0  # tokens that canaries may still cost
+        self._loading: Future[None] | None = None
         self._merging: tuple[str, dict[str, Any], Future[None]] | None = None
         self._told = time.monotonic()  # when the run's row was last written
         self._allowed_refused = self.max_refused
@@ -516,9 +518,30 @@ class Waves:
             engines.end(self.spark, self.what.settings.tensor_parallel)
         Waves._held = self.what.settings
 
+    def begin_loading(self) -> None:
+        """Has the engines loaded while the driver plans; there must be something to do for them."""
+        self.take_engines()
+        settings = self.what.settings
+        count = engines.count(self.spark, settings.tensor_parallel)
+        with engines.own_workers(self.spark):  # of this thread's functions alone, so the plan is made here
+            loads = self.spark.range(count).repartition(count)
+            loads = loads.mapInArrow(loader(settings, self.what.load_engine), "id BIGINT", profile=self._profile())
+
+        def load_all() -> None:
+            with self.timed("loading"):
+                loads.collect()
+
+        once = ThreadPoolExecutor(1, "load")
+        self._loading = once.submit(load_all)
+        once.shutdown(wait=False)
+
     def check_first_use(self, line: prefix.Line) -> None:
         """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
         self.take_engines()
+        if self._loading is not None:  # a task beside it would load another engine
+            with self.timed("loading_waited"):
+                self._loading.result()
+            self._loading = None
         what = self.what
         about = f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
         row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == what.model.model_id).head()
@@ -911,6 +934,8 @@ class Night(Waves):
     def score(self, seen: DataFrame, name: str, judged: DataFrame) -> prefix.Line:
         """Scores those of `seen` (of `pairs`) whose text is not in `judged`, most wanted first; returns their line."""
         started = time.monotonic()
+        if Waves._held != self.what.settings and not unjudged(seen, judged).isEmpty():
+            self.begin_loading()
         line, total = self.plan(seen, name, judged)
         self._count(seen=total, skipped=total - line.prompts)
         if line.prompts:
@@ -931,7 +956,7 @@ class Night(Waves):
         by = (F.col("weight") if wanted is None else wanted).cast("double")
         told = seen.agg(F.count("*"), F.min(by), F.max(by), F.count_if(by.isNull())).collect()[0]
         total, low, high, without = tuple(told)
-        todo = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
+        todo = unjudged(seen, judged)
         if low is not None and (low < high or without):
             todo = in_portions(
                 todo, by, ("locale", "product_id") if self.what.prompt.first == "product" else ("query",)
@@ -1086,6 +1111,11 @@ class Night(Waves):
             (run_id, name, "ok" if found is None or found <= allowed else level, found, allowed, note)
             for name, found, allowed, level, note in looked
         ]
+
+
+def unjudged(seen: DataFrame, judged: DataFrame) -> DataFrame:
+    """Those of `seen` whose present text is not in `judged`."""
+    return seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
 
 
 def in_portions(pairs: DataFrame, wanted: Column, group: Sequence[str]) -> DataFrame:

@@ -87,6 +87,18 @@ def answerer(
     return answer
 
 
+def loader(settings: EngineSettings, load_engine: Callable[[EngineSettings], Engine]) -> Callable[[Batches], Batches]:
+    """The function for `mapInArrow` that loads the worker's engine for the tasks to come; rows pass through."""
+
+    def load(batches: Batches) -> Batches:
+        for batch in batches:
+            if batch.num_rows:
+                load_engine(settings)
+                yield batch
+
+    return load
+
+
 def _died_before(rows: int) -> bool:
     """Whether this task was tried before, and is not to be asked again as it is: a prompt alone gets a second try."""
     from pyspark import TaskContext
