@@ -80,6 +80,7 @@ def test_the_most_wanted_products_come_first_and_a_limit_is_kept(spark: SparkSes
     assert not invariants.audit(root, MODEL) + invariants.left(root)
 
 
+@pytest.mark.slow
 def test_portions_are_scored_in_order_of_weight_and_keep_a_product_together(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_portions_are_scored_in_order_of_weight_and_keep_a_product_together(
     assert [product for wave in order for product in wave] == [f"k{i}" for i in reversed(range(8))]
 
 
+@pytest.mark.slow
 def test_the_deadline_ends_it_after_a_wave_and_the_next_run_goes_on(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +123,7 @@ def test_the_deadline_ends_it_after_a_wave_and_the_next_run_goes_on(
     assert (again.counts["skipped"], again.counts["scored"]) == (kept, 96 - kept)
 
 
+@pytest.mark.slow
 def test_a_dry_run_asks_no_engine_and_its_prediction_is_held_against_what_came(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +147,7 @@ def test_a_dry_run_asks_no_engine_and_its_prediction_is_held_against_what_came(
     assert run.figures["noise_max_dp"] == 0
 
 
+@pytest.mark.slow
 def test_a_new_model_fills_beside_the_old_one_and_a_sample_shows_how_tiers_shift(
     spark: SparkSession, root: str
 ) -> None:

@@ -104,6 +104,7 @@ def test_the_cache_is_the_named_folder_then_the_checkouts(monkeypatch: pytest.Mo
     assert cache_folder() == tmp_path / "xdg" / "taosr1"
 
 
+@pytest.mark.slow
 def test_the_model_speaks_english_and_its_tokenizer_knows_turns_and_single_digits() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -185,6 +185,7 @@ def _words(line: str) -> list[str]:
     return [" ".join(word for word in words if not word.isdigit()), *numbers]
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_ends_its_process_within_the_watchdogs_time(tiny: Path) -> None:
     began = time.monotonic()
     ended = python(_REAL, str(tiny), "hangs")

@@ -109,6 +109,7 @@ def test_what_is_no_query_for_pairs_is_refused_and_nothing_is_done(spark: SparkS
     assert spark.catalog.tableExists("pairs")
 
 
+@pytest.mark.slow
 def test_a_query_may_have_a_comment_at_its_end_and_no_more_than_the_limit_is_taken_in_its_order(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

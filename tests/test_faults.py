@@ -259,6 +259,7 @@ def test_a_wave_in_which_a_canary_is_off_is_dropped_and_asked_again_of_a_fresh_e
     assert ("canaries", "ok") in gates
 
 
+@pytest.mark.slow
 def test_a_stream_that_stays_follows_a_promotion_and_a_candidate_is_kept_current(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +343,7 @@ def test_a_full_disk_ends_the_run_and_the_next_one_completes_it(spark: SparkSess
     assert len(invariants.table(root, "label_probs")) == 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("half gone", "old copy")), "truncated"]
 )
@@ -371,6 +373,7 @@ def test_a_damaged_checkpoint_skips_no_pair(spark: SparkSession, root: str, tmp_
     assert not invariants.audit(root, MODEL)
 
 
+@pytest.mark.slow
 def test_a_writer_that_wakes_up_late_changes_nothing(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def versions(spark: SparkSession, root: str) -> dict[str, int]:
     return {name: delta.version(spark, root, name) for name in ("pairs", "gold", "quarantine")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data lies in ../shared")
 def test_icecat_goes_in_whole_a_repeat_writes_nothing_and_ten_new_titles_change_their_pairs_alone(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -476,6 +477,7 @@ def test_a_wrong_flag_is_refused_before_spark_starts(
             ingest.main(argv)
 
 
+@pytest.mark.slow
 def test_hostile_names_of_tables_folders_stay_names(spark: SparkSession, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "in.jsonl", pair(1))
     hostile = str(tmp_path / "a`b'; DROP TABLE x; --%2e%2e {1}")
@@ -707,6 +709,7 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
     assert counts(spark, root)["read"] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data lies in ../shared")
 def test_real_esci_rows_go_in(spark: SparkSession, root: str, take: Ingest, tmp_path: Path) -> None:
     lines = (SHARED / "data" / "esci-fixtures" / "pairs.jsonl").read_text().split("\n")
@@ -777,6 +780,7 @@ def far(spark: SparkSession, tmp_path: Path) -> Iterator[Path]:
     conf.unset("fs.viewfs.mounttable.far.link./data")
 
 
+@pytest.mark.slow
 def test_any_uri_that_hadoop_knows_is_read(spark: SparkSession, root: str, take: Ingest, far: Path) -> None:
     (far / "sub dir").mkdir()
     jsonl(far / "a b.jsonl", pair(1), "{")

@@ -122,6 +122,7 @@ def test_of_two_promoters_who_looked_at_the_same_version_one_wins_and_the_other_
     assert in_force(spark, root) in (1, 2)
 
 
+@pytest.mark.slow
 def test_each_read_sees_exactly_one_whole_version_in_every_commit(spark: SparkSession, root: str) -> None:
     segments = {"": (0.3, 0.3, 0.3), "Kettles": (0.4, 0.4, 0.4)}
     scored_tables(spark, root, [*cuts(1, segments, "active", "category"), *cuts(2, HIGH, segment_by=None)])

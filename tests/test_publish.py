@@ -58,6 +58,7 @@ def test_only_pairs_whose_tier_changed_are_written_and_the_feed_tells_exactly_th
     assert sorted(changed) == [pair_key(1), pair_key(5)]
 
 
+@pytest.mark.slow
 def test_qrels_are_read_by_ir_measures_and_ranx_which_agree_on_ndcg(
     spark: SparkSession, root: str, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_format_and_out_belong_together() -> None:
             main(["--tables", "/tmp/t", *flags])
 
 
+@pytest.mark.slow
 def test_a_failed_judgement_takes_the_pair_out_and_the_run_is_kept(spark: SparkSession, root: str) -> None:
     tables(spark, root)
     publish(spark, root)

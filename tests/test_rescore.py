@@ -87,18 +87,15 @@ def test_every_pair_gets_the_probabilities_of_its_own_prompt(spark: SparkSession
     assert run.engine_loads == 1
 
 
-def test_a_second_run_scores_nothing_and_loads_no_engine(spark: SparkSession, root: str) -> None:
+def test_a_second_run_scores_nothing_and_then_only_the_pairs_of_a_changed_product(
+    spark: SparkSession, root: str
+) -> None:
     put(spark, root, PRODUCTS)
     rescore(spark, root, scoring())
     version = delta.version(spark, root, "label_probs")
     run = rescore(spark, root, scoring())
     assert (run.counts.get("scored", 0), run.engine_loads) == (0, None)
     assert delta.version(spark, root, "label_probs") == version
-
-
-def test_only_the_pairs_of_a_changed_product_are_scored_again(spark: SparkSession, root: str) -> None:
-    put(spark, root, PRODUCTS)
-    rescore(spark, root, scoring())
     before = {r["pair_id"]: r["wave_id"] for r in probs(spark, root).collect()}
     put(spark, root, [("k2", "Plastic kettle, red", *PRODUCTS[1][2:]), PRODUCTS[0]])
     run = rescore(spark, root, scoring())
@@ -143,6 +140,7 @@ def test_a_lost_checkpoint_costs_no_tokens(spark: SparkSession, root: str) -> No
     assert run.counts == {"seen": 12, "skipped": 12}
 
 
+@pytest.mark.slow
 def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +218,7 @@ def test_an_engine_that_disagrees_with_itself_writes_nothing(spark: SparkSession
     assert delta.read(spark, root, "models").isEmpty()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.slow), "hangs"])
 def test_an_engine_that_dies_takes_its_worker_along_and_the_retry_scores_all(
     spark: SparkSession, root: str, tmp_path: Path, how: str
@@ -236,6 +235,7 @@ def test_an_engine_that_dies_takes_its_worker_along_and_the_retry_scores_all(
     assert run.engine_version != f"fake {died}"
 
 
+@pytest.mark.slow
 def test_canaries_that_are_off_stop_the_run(spark: SparkSession, root: str, tmp_path: Path) -> None:
     put(spark, root, PRODUCTS)
     what = scoring()

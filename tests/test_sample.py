@@ -96,6 +96,7 @@ def test_every_train_pair_gets_its_own_samples_judged_against_gold_and_no_pair_o
     assert len(samples(spark, root)) == 9 * 6 + 2 * 6
 
 
+@pytest.mark.slow
 def test_a_draw_that_failed_goes_on_where_it_stopped_under_its_own_run(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_draw_that_failed_goes_on_where_it_stopped_under_its_own_run(
     assert not list((Path(root) / "_scratch").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_pair_that_leaves_no_room_for_an_answer_has_no_samples_and_is_counted(spark: SparkSession, root: str) -> None:
     put(spark, root, [*PRODUCTS[:1], ("long", "Kettle", {}, "xyzzy qwert " * 60)], QUERIES[:1])
     judge(spark, root, "'train'")
@@ -136,6 +138,7 @@ def test_a_pair_that_leaves_no_room_for_an_answer_has_no_samples_and_is_counted(
     assert {r["product_id"] for r in samples(spark, root)} == {"k1"}
 
 
+@pytest.mark.slow
 def test_findings_are_judged_once_by_the_names_that_follow_them_with_label_and_statement_out_of_sight(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

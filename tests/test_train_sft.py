@@ -76,6 +76,7 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     assert last["prompt_id"] == row["prompt_id"]
 
 
+@pytest.mark.slow
 def test_a_query_that_is_held_out_anywhere_stops_the_stage_before_it_begins(
     spark: SparkSession, root: str, base: str, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_chain_is_kept_only_where_its_own_conclusion_is_the_human_label_and_on
     assert after["p2"]["kept"]
 
 
+@pytest.mark.slow
 def test_two_chains_of_one_pair_contradict_each_other_and_neither_is_taken(
     spark: SparkSession, root: str, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_no_pair_of_its_own_query_and_none_that_is_held_out_is_shown_to_the_teac
             assert near["label"] == labels[near["query"], near["title"]]
 
 
+@pytest.mark.slow
 def test_a_teachers_prompt_that_is_too_long_is_a_dropped_chain_with_its_reason(spark: SparkSession, root: str) -> None:
     put(spark, root, [("k1", "Steel kettle", {}, "xyzzy qwert " * 90)], QUERIES[:1])
     judge(spark, root, "'train'")
