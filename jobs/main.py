@@ -62,6 +62,9 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
+    from schemas import runs
+
+    runs.last = None
     try:
         return int(importlib.import_module(f"jobs.{job}").main(flags)), None
     except SystemExit as error:  # of argparse, which has said what was wrong

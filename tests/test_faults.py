@@ -149,14 +149,20 @@ def poisoned(folder: Path, products: list[Any], bad: list[tuple[int, str]]) -> S
     )
 
 
-@pytest.mark.parametrize(("products", "each"), [(6, 4), pytest.param(100, 50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("products", "each", "poisons"), [(2, 2, 1), pytest.param(100, 50, 3, marks=pytest.mark.slow)])
 def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
-    spark: SparkSession, root: str, tmp_path: Path, products: int, each: int, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession,
+    root: str,
+    tmp_path: Path,
+    products: int,
+    each: int,
+    poisons: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, f"Boils {i} cups.") for i in range(products)]
     queries = [f"kettle {i}" for i in range(each)]
     put(spark, root, kettles, queries)
-    bad = [(0, queries[0]), (products // 2, queries[1]), (products // 2, queries[2])]
+    bad = [(0, queries[0]), (products // 2, queries[1]), (products // 2, queries[2])][:poisons]
     what = poisoned(tmp_path / "engine", kettles, bad)
     monkeypatch.setattr(job.Waves, "least", 10**9)  # all in one shard
     run = rescore(spark, root, what)
@@ -164,16 +170,16 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     assert sorted((r["product_id"], r["query"]) for r in rows) == sorted((f"k{n}", q) for n, q in bad)
     assert {(r["outcome"], r["p_excellent"], r["p_outside"]) for r in rows} == {("engine_failed", None, None)}
     n = products * each
-    assert (run.counts["scored"], run.counts["refused"]) == (n - 3, 3)
+    assert (run.counts["scored"], run.counts["refused"]) == (n - poisons, poisons)
     deaths = (tmp_path / "engine" / "deaths").read_text().splitlines()
-    assert len(deaths) <= 1 + 3 * math.ceil(math.log2(n)) + 3  # one at the check of first use
+    assert len(deaths) <= 1 + poisons * math.ceil(math.log2(n)) + 3  # one at the check of first use
     assert not (tmp_path / "engine" / "beside").exists()  # never two engines at once
     assert not invariants.audit(root, MODEL)
     shutil.rmtree(Path(root) / "_checkpoints")
     assert rescore(spark, root, what).engine_loads is None  # not tried again
     (tmp_path / "engine" / "poison.json").write_text("[]")
     again = Scoring(what.model, what.stage, what.prompt, EngineSettings(model=str(tmp_path / "engine")), load_poisoned)
-    assert rescore(spark, root, again, retry_failed=True).counts["scored"] == 3
+    assert rescore(spark, root, again, retry_failed=True).counts["scored"] == poisons
     assert probs(spark, root).where("outcome = 'scored'").count() == n
 
 
@@ -202,7 +208,7 @@ def test_a_kill_at_any_step_is_made_good_by_the_next_run(
     drop_scratch = delta.drop_scratch
 
     def not_of_the_killed(session: SparkSession, where: str, run_id: str, *name: str) -> None:
-        if runs.last is None or run_id != runs.last.run_id:
+        if not runs._lease(session, where, run_id).held():
             drop_scratch(session, where, run_id, *name)
 
     for point in ("planned", "landed", "checked", "merged", "batch"):

@@ -80,12 +80,14 @@ def test_an_unknown_flag_stops_the_job_before_any_work(capsys: pytest.CaptureFix
 def test_how_a_job_failed_stands_in_its_exit_code_and_its_last_line(
     error: Exception, status: str | None, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run = runs.Run("r1", "maintain", status, datetime(2026, 1, 1, tzinfo=UTC), "why") if status else None
+
     def fails(_: list[str]) -> int:
+        runs.last = run
         raise error
 
-    run = status and runs.Run("r1", "maintain", status, datetime(2026, 1, 1, tzinfo=UTC), "why")
     monkeypatch.setattr(maintain, "main", fails)
-    monkeypatch.setattr(runs, "last", run)
+    monkeypatch.setattr(runs, "last", None)
     assert dispatcher.main(["maintain"]) == code
     said = capsys.readouterr()
     last = json.loads(said.out.splitlines()[-1])
