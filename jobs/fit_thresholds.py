@@ -14,8 +14,10 @@ import argparse
 import json
 import math
 import re
+import shlex
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -29,6 +31,7 @@ from partitioner import measures, thresholds
 from partitioner.measures import Floats
 from partitioner.thresholds import Fit, Impossible, Objective, Requirement, Values
 from schemas import delta, runs
+from schemas.canonical import normalised
 from schemas.labels import LABELS, NAMES, P_COLUMNS
 from schemas.tables import SEGMENT_COLUMNS, THRESHOLDS
 
@@ -37,6 +40,7 @@ LOCAL_ROWS = 200_000  # more are fitted on the workers; cross-validation and boo
 MIN_QUERIES = 10  # a segment needs, beside `--min-gold` judgements
 ANOTHER_SCALE = 200  # judgements of a source without ever using one of the labels: it has another scale
 _SEGMENTS_TOLD = 50
+_FALLEN_TOLD = 20
 _WEIGHTS = [f"w{y}" for y in LABELS]
 
 
@@ -62,6 +66,20 @@ class Wanted:
     def name(self) -> str:
         """The name of its cuts in measures."""
         return f"{self.rule}_by_{self.by}" if self.by else self.rule
+
+    @property
+    def flags(self) -> str:
+        """How it is asked for; kept with the run, so that a version can be fitted again as it was."""
+        aim = self.objective
+        words = ["--rule", self.rule, *(["--by", self.by] if self.by else [])]
+        words += ["--objective", aim.name if aim.label is None else f"{aim.name}:{NAMES[aim.label]}"]
+        words += ["--costs", json.dumps(aim.costs)] if aim.costs else []
+        words += [word for r in self.requirements for word in ("--require", str(r))]
+        words += ["--temperature", "fit"] if self.temperature else []
+        words += ["--raters", self.raters, *(word for name in self.sources for word in ("--gold-source", name))]
+        words += ["--allow-train"] if self.allow_train else []
+        words += ["--min-gold", str(self.min_gold), "--folds", str(self.folds), "--replicates", str(self.replicates)]
+        return shlex.join([*words, "--refits", str(self.refits), "--seed", str(self.seed)])
 
 
 @dataclass(frozen=True)
@@ -227,12 +245,15 @@ def judged(spark: SparkSession, root: str, wanted: Wanted, model_id: str, prompt
     other = [r["source"] for r in scales if r["n"] >= ANOTHER_SCALE and len(r["used"]) < 4 and not wanted.sources]
     seen = delta.read(spark, root, "models").where(F.col("model_id") == model_id).select("trained_on").head()
     trained = list(seen["trained_on"] or []) if seen else []
+    # By pair, not by row: a second source's judgement of a pair may not let it in.
+    source, held_out = F.col("source"), F.col("split") == "test"
+    learnt = (F.col("split") == "train") & source.isin(*trained)
+    parts = gold.groupBy("pair_id").agg(F.bool_or(learnt).alias("learnt"), F.bool_or(held_out).alias("held_out"))
     mine = (F.col("model_id") == model_id) & (F.col("prompt_id") == prompt_id)
     probs = delta.read(spark, root, "label_probs").where(mine)
     probs = probs.select("pair_id", *P_COLUMNS, "outcome", F.col("content_hash").alias("scored_hash"))
     pairs = delta.read(spark, root, "pairs").select("pair_id", "query", "content_hash", *SEGMENT_COLUMNS)
-    rows = gold.join(probs, "pair_id", how="left").join(pairs, "pair_id", how="left")
-    source = F.col("source")
+    rows = gold.join(parts, "pair_id").join(probs, "pair_id", how="left").join(pairs, "pair_id", how="left")
     use = (
         F.when(F.lit(bool(wanted.sources)) & ~source.isin(*wanted.sources), "source not asked for")
         .when(source.isin(*other), "source with another scale")
@@ -240,19 +261,24 @@ def judged(spark: SparkSession, root: str, wanted: Wanted, model_id: str, prompt
         .when(F.col("outcome").isNull(), "pair not scored by this model")
         .when(F.col("outcome") != "scored", F.concat(F.lit("no probability: "), F.col("outcome")))
         .when(F.col("scored_hash") != F.col("content_hash"), "scored with an older text")
-        .when(F.col("split") == "test", "test")
-        .when(
-            (F.col("split") == "train") & source.isin(*trained) & ~F.lit(wanted.allow_train), "model was trained on it"
-        )
+        .when(F.col("learnt") & ~F.lit(wanted.allow_train), "model was trained on it")
+        .when(held_out, "test")
+        .when(F.col("held_out"), "kept for test by another source")
         .otherwise("fit")
     )
     segment = F.coalesce(F.col(wanted.by), F.lit("")) if wanted.by else F.lit("")
-    asked = F.lower(F.regexp_replace(F.trim("query"), r"\s+", " "))
+    asked = F.udf(normalised, "string", useArrow=True)(F.coalesce("query", F.lit("")))  # one query, as for its split
     return rows.select(
-        "pair_id", "source", "split", "label", use.alias("use"), segment.alias("segment"),
-        F.xxhash64("locale", asked).alias("query"), F.size(F.split(F.trim("query"), r"\s+")).alias("words"),
+        "pair_id", "source", "split", _label().alias("label"), use.alias("use"), segment.alias("segment"),
+        F.xxhash64(asked).alias("query"), F.size(F.split(F.trim("query"), r"\s+")).alias("words"),
         *P_COLUMNS, *_weights(wanted.raters),
     )  # fmt: skip
+
+
+def _label() -> Column:
+    """The single label of a judgement: the lower median of its raters, where these are known."""
+    middle = F.floor((F.size("rater_labels") - 1) / 2).cast("int")
+    return F.when(F.size("rater_labels") > 0, F.get(F.array_sort("rater_labels"), middle)).otherwise(F.col("label"))
 
 
 def _weights(raters: str) -> list[Column]:
@@ -261,9 +287,17 @@ def _weights(raters: str) -> list[Column]:
     found = []
     for y in LABELS:
         share = F.size(F.expr(f"filter(rater_labels, x -> x = {y})")) / F.size("rater_labels")
-        whole = (F.col("label") == y).cast("double")
+        whole = (_label() == y).cast("double")
         found.append((F.col("weight") * F.when(split, share).otherwise(whole)).alias(f"w{y}"))
     return found
+
+
+def sampled(frame: DataFrame, n: int) -> DataFrame:
+    """Of n judgements whole queries, by a hash, with about as many as the driver takes."""
+    if n <= LOCAL_ROWS:
+        return frame
+    share = int(1_000_000 * LOCAL_ROWS / n)
+    return frame.where(F.pmod(F.xxhash64("query", F.lit("sample")), F.lit(1_000_000)) < share)
 
 
 def local_rows(frame: DataFrame) -> Rows:
@@ -301,21 +335,17 @@ def values(name: str, p: Floats, temperature: float) -> Floats:
     return thresholds.weighted_score(p) if name == "score" else thresholds.cumulative(p, temperature)
 
 
-def own_segments(rows: Rows, wanted: Wanted) -> list[str]:
+Sizes = dict[str, tuple[int, int]]  # judgements and queries by segment
+
+
+def own_segments(sizes: Sizes, wanted: Wanted) -> list[str]:
     """The segments with enough judgements for cuts of their own.
 
     A stated minimum, and not shrinkage towards the cut of all: what is in force is then the best cut of a stated set of
     judgements, which its owner can check, and the constraint that was asked for holds on it.
     """
-    if not wanted.by:
-        return []
-    names, place = np.unique(rows.segments.astype(str), return_inverse=True)
-    found = []
-    for i, name in enumerate(names):
-        here = place == i
-        if name and here.sum() >= wanted.min_gold and len(np.unique(rows.queries[here])) >= MIN_QUERIES:
-            found.append(str(name))
-    return found
+    enough = (name for name, (n, queries) in sizes.items() if n >= wanted.min_gold and queries >= MIN_QUERIES)
+    return sorted(name for name in enough if name)
 
 
 def cutter(name: str, rows: Rows, wanted: Wanted, segments: Sequence[str] = (), relax: bool = True) -> Cutter:
@@ -339,15 +369,21 @@ def cutter(name: str, rows: Rows, wanted: Wanted, segments: Sequence[str] = (), 
     return Cutter(name, fits, temperature)
 
 
+def fold_of(rows: Rows, wanted: Wanted) -> NDArray[np.int64]:
+    """The fold of each row; all rows of a query are in one."""
+    count = int(rows.queries.max()) + 1
+    drawn = np.random.default_rng(wanted.seed).permutation(count)
+    found: NDArray[np.int64] = drawn[rows.queries] % min(wanted.folds, count)
+    return found
+
+
 def out_of_fold(
     rows: Rows, wanted: Wanted, names: Sequence[str], segments: Sequence[str]
 ) -> dict[str, NDArray[np.int64]]:
     """For each way the tier of each row by cuts that were fitted without the row's query."""
-    count = int(rows.queries.max()) + 1
-    folds = min(wanted.folds, count)
-    place = np.random.default_rng(wanted.seed).permutation(count)[rows.queries] % folds
+    place = fold_of(rows, wanted)
     found = {name: np.zeros(len(rows), dtype=np.int64) for name in names}
-    for fold in range(folds):
+    for fold in np.unique(place):
         train, held = rows.where(place != fold), rows.where(place == fold)
         for name in names:
             found[name][place == fold] = cutter(name, train, wanted, segments).tiers(held)
@@ -389,7 +425,7 @@ def fit_thresholds(
         raise
     finally:
         frame.unpersist()
-    runs.finish(spark, root, replace(run, counts=counts), "done", f"version {version}")
+    runs.finish(spark, root, replace(run, counts=counts), "done", f"version {version}: {wanted.flags}")
     return version
 
 
@@ -405,46 +441,50 @@ def _fitted(
             + (", or let in what it was trained on with --allow-train" if "model was trained on it" in counts else "")
         )
     fitting = frame.where("use = 'fit'")
-    sample = fitting
+    rows = local_rows(sampled(fitting, n))
     if n > LOCAL_ROWS:
-        share = int(1_000_000 * LOCAL_ROWS / n)
-        sample = fitting.where(F.pmod(F.xxhash64("query", F.lit("sample")), F.lit(1_000_000)) < share)
         print(
-            f"{JOB}: cuts are fitted on all {n:,} judgements; cross-validation, bootstrap and temperature on whole "
-            f"queries with about {LOCAL_ROWS:,} of them: the intervals are wider than all would give"
+            f"{JOB}: cuts are fitted on all {n:,} judgements; temperature, cross-validation, bootstrap and the other "
+            f"ways to cut on whole queries with {len(rows):,} of them: the intervals are wider than all would give"
         )
-    rows = local_rows(sample)
-    queries = int(rows.queries.max()) + 1
-    if queries < 2:
+    if not len(rows) or (queries := int(rows.queries.max()) + 1) < 2:
         raise ValueError("judgements of at least 2 queries are needed: figures come from cross-validation by query")
 
-    segments = own_segments(rows, wanted)
-    if wanted.by:
-        print(f"{JOB}: {len(segments)} of {len(np.unique(rows.segments))} values of {wanted.by} get cuts of their own")
+    sizes = _sizes(fitting) if wanted.by else {}
+    segments = own_segments(sizes, wanted)
     began = time.monotonic()
-    final = cutter(wanted.name, rows, wanted, segments, relax=False)
     if n > LOCAL_ROWS:
-        final = _fitted_on_workers(fitting, wanted, final)
+        final, confusion = _fitted_on_workers(fitting, n, rows, wanted, segments)
+    else:
+        final = cutter(wanted.name, rows, wanted, segments, relax=False)
+        confusion = measures.confusions(thresholds.rounded(rows.weights), final.tiers(rows))
+    if wanted.by:
+        _told_segments(sizes, segments, wanted, final)
+        _must_hold(confusion, wanted)
     took = time.monotonic() - began
     names = list(dict.fromkeys([wanted.name, "one", "boundary", "score", "argmax"]))
     given = out_of_fold(rows, wanted, names, segments)
     found = _figures(wanted, names, "out_of_fold", rows, given, segments)
-    found += _calibration(rows, final.temperature)
+    found += _calibration(rows, wanted)
     found += _guard(spark, root, run, rows, final)
     finals = [final, *(cutter(name, rows, wanted) for name in names[1:])]
-    test = local_rows(frame.where("use = 'test'").limit(LOCAL_ROWS))
+    test = local_rows(sampled(frame.where("use = 'test'"), counts.get("test", 0)))
+    if len(test) < counts.get("test", 0):
+        print(f"{JOB}: split test: whole queries with {len(test):,} of its {counts['test']:,} judgements")
     if len(test):
         found += _figures(wanted, names, "test", test, {c.name: c.tiers(test) for c in finals}, segments)
     wide = spread(rows, wanted, [s for s in segments if s in final.fits], final.temperature) if wanted.refits else {}
     _store_figures(spark, root, run.run_id, found)
-    version = _store(spark, root, wanted, final, wide, run, n, frame)
+    version = _store(
+        spark, root, wanted, final, wide, run, {s: size for s, (size, _) in sizes.items()} | {"": n}, frame
+    )
     print(_table(wanted, names, "out_of_fold", found))
     if len(test):
         print(_table(wanted, names, "test", found))
     print(_verdicts(wanted, names, found))
     for segment, fit in final.fits.items():
         print(_cuts_told(segment, fit, wide.get(segment)))
-    value = float(wanted.objective.shown(final.fits[""].confusion))
+    value = float(wanted.objective.shown(confusion))
     print(
         f"{JOB}: version {version} is a candidate: {wanted.objective} {value:.4f} on {n:,} judgements of {queries:,} "
         f"queries, temperature {final.temperature:.4g}, fitted in {took:.1f} s\n"
@@ -456,36 +496,89 @@ def _fitted(
 
 def _told(spark: SparkSession, root: str, frame: DataFrame) -> dict[str, int]:
     """Counts judgements by what becomes of them, and tells them by source."""
-    rows = frame.groupBy("use", "source").count().orderBy("use", "source").collect()
+    by = frame.groupBy("use", "source").agg(F.count("*").alias("n"), F.collect_set("label").alias("labels"))
+    rows = by.orderBy("use", "source").collect()
     counts: dict[str, int] = {}
     for row in rows:
-        counts[row["use"]] = counts.get(row["use"], 0) + row["count"]
-        print(f"{JOB}: {row['count']:,} judgements of {row['source']}: {row['use']}")
+        counts[row["use"]] = counts.get(row["use"], 0) + row["n"]
+        print(f"{JOB}: {row['n']:,} judgements of {row['source']}: {row['use']}")
     pairs = delta.read(spark, root, "pairs").select("pair_id")
     counts["pairs without a judgement"] = pairs.join(
         frame.select("pair_id").distinct(), "pair_id", how="left_anti"
     ).count()
     print(f"{JOB}: {counts['pairs without a judgement']:,} pairs have no judgement")
-    for row in rows:
-        if row["use"] == "source with another scale":
-            print(f"{JOB}: {row['source']} never uses one of the four labels; name it with --gold-source to fit on it")
+    for source in sorted({row["source"] for row in rows}):
+        mine = [row for row in rows if row["source"] == source]
+        labels = sorted({label for row in mine for label in row["labels"]}, reverse=True)
+        uses = {row["use"] for row in mine}
+        if len(labels) < 4 and uses != {"source not asked for"}:
+            then = f"fitted on all the same: under {ANOTHER_SCALE} judgements do not show another scale"
+            if "source with another scale" in uses:
+                then = "left out as another scale; name it with --gold-source to fit on it"
+            elif sum(row["n"] for row in mine) >= ANOTHER_SCALE:
+                then = "fitted on as asked for with --gold-source"
+            print(f"{JOB}: {source} uses only labels {', '.join(map(str, labels))} of 4, 3, 2, 1; {then}")
     return counts
 
 
-def _fitted_on_workers(fitting: DataFrame, wanted: Wanted, final: Cutter) -> Cutter:
-    """The same cuts from all rows, without bringing them to the driver."""
-    spark = fitting.sparkSession
-    frame = thresholds.cumulated(fitting, final.temperature)
+def _sizes(fitting: DataFrame) -> Sizes:
+    rows = fitting.groupBy("segment").agg(F.count("*").alias("n"), F.countDistinct("query").alias("queries")).collect()
+    return {row["segment"]: (row["n"], row["queries"]) for row in rows}
+
+
+def _told_segments(sizes: Sizes, segments: Sequence[str], wanted: Wanted, final: Cutter) -> None:
+    """Tells which segments take the cuts of all, and why."""
+    own = [name for name in segments if name in final.fits]
+    print(f"{JOB}: {len(own)} of {len(sizes)} values of {wanted.by} get cuts of their own")
+    fallen = [
+        f"{name[:60] or '(none)'} ("
+        + ("what is required cannot be had there" if name in segments else f"{n:,} judgements of {queries:,} queries")
+        + ")"
+        for name, (n, queries) in sorted(sizes.items(), key=lambda item: (-item[1][0], item[0]))
+        if name not in own
+    ]
+    if fallen:
+        more = f" and {len(fallen) - _FALLEN_TOLD:,} more" if len(fallen) > _FALLEN_TOLD else ""
+        print(f"{JOB}: these take the cuts of all: {', '.join(fallen[:_FALLEN_TOLD])}{more}")
+
+
+def _must_hold(confusion: Floats, wanted: Wanted) -> None:
+    """Each part may meet what is required, and the values that take the cuts of all yet spoil it for the whole."""
+    for required in wanted.requirements:
+        shown = confusion[:, : thresholds.BOUNDARIES.index(required.label) + 1].sum(1)
+        if not required.met(shown, confusion.sum(1)):
+            found = float(required.of_confusion(confusion))
+            raise Impossible(
+                f"with cuts by {wanted.by}, all judgements together come to {found:.4f}, not to {required}: the values "
+                "that take the cuts of all do not meet it. Give more of them cuts of their own with a smaller "
+                "--min-gold, fit without --by, or require a little more of all"
+            )
+
+
+def _fitted_on_workers(
+    fitting: DataFrame, n: int, sample: Rows, wanted: Wanted, segments: Sequence[str]
+) -> tuple[Cutter, Floats]:
+    """The same cuts from all n rows, without bringing them to the driver; and the confusion matrix of these rows."""
+    temperature = measures.temperature(sample.p, sample.weights) if wanted.temperature else 1.0
+    frame = thresholds.cumulated(fitting, temperature)
     frame = frame.select("segment", *[f"c{k}" for k in thresholds.BOUNDARIES], *_WEIGHTS)
-    cores = spark.sparkContext.defaultParallelism
-    fits = {}
-    for segment in final.fits:
-        pieces = thresholds.Spread(frame.where(F.col("segment") == segment) if segment else frame, 2 * cores)
-        try:
-            fits[segment] = thresholds.fit(pieces, wanted.rule, wanted.objective, wanted.requirements)
-        finally:
-            pieces.close()
-    return replace(final, fits=fits)
+    partitions = thresholds.partitions(fitting.sparkSession, n)
+    fits: dict[str, Fit] = {}
+    for segment in ("", *segments):
+        rows = frame.where(F.col("segment") == segment) if segment else frame
+        with closing(thresholds.Spread(rows, partitions)) as pieces:
+            try:
+                fits[segment] = thresholds.fit(pieces, wanted.rule, wanted.objective, wanted.requirements)
+            except Impossible:
+                if not segment:
+                    raise
+    own = [segment for segment in fits if segment]
+    confusion = fits[""].confusion
+    if own:
+        with closing(thresholds.Spread(frame.where(~F.col("segment").isin(own)), partitions)) as rest:
+            others = thresholds.confusion_at(rest, fits[""].taus)
+        confusion = sum((fits[segment].confusion for segment in own), others)
+    return Cutter(wanted.name, fits, temperature), confusion
 
 
 Figure = tuple[str, str, str, str, float, float, float, int]  # cuts, split, segment, measure, value, low, high, n
@@ -532,15 +625,20 @@ def _figures(
     return found
 
 
-def _calibration(rows: Rows, temperature: float) -> list[Figure]:
-    """Calibration error and log-loss of the probabilities as they are, and scaled where they are."""
-    nan, found = float("nan"), []
-    for name, p in {"raw": rows.p, "scaled": thresholds.scaled(rows.p, temperature)}.items():
-        if name == "scaled" and temperature == 1:
-            continue
+def _calibration(rows: Rows, wanted: Wanted) -> list[Figure]:
+    """Calibration error and log-loss of the probabilities as they are; and scaled, each row by a temperature that was
+    fitted without its query."""
+    nan, found, kinds = float("nan"), [], {("raw", "fit"): rows.p}
+    if wanted.temperature:
+        place, scaled = fold_of(rows, wanted), np.zeros_like(rows.p)
+        for fold in np.unique(place):
+            rest, held = place != fold, place == fold
+            scaled[held] = thresholds.scaled(rows.p[held], measures.temperature(rows.p[rest], rows.weights[rest]))
+        kinds["scaled", "out_of_fold"] = scaled
+    for (name, split), p in kinds.items():
         told = {key: measures.ece(bins) for key, bins in measures.calibration(p, rows.weights).items()}
         told["log_loss"] = measures.likelihood_loss(p, rows.weights)
-        found += [(name, "fit", "", key, value, nan, nan, len(rows)) for key, value in told.items()]
+        found += [(name, split, "", key, value, nan, nan, len(rows)) for key, value in told.items()]
     return found
 
 
@@ -576,12 +674,14 @@ def _store(
     final: Cutter,
     wide: dict[str, tuple[Floats, Floats]],
     run: runs.Run,
-    n: int,
+    n_gold: dict[str, int],
     frame: DataFrame,
 ) -> int:
     """Writes the version under the next free number, in one commit; returns the number."""
     model_id, prompt_id = str(run.model_id), str(run.prompt_id)
     engines = engines_of(spark, root, model_id, prompt_id)
+    if len(engines) > 1:
+        print(f"{JOB}: the probabilities come from {len(engines)} engines, and the cuts fit their mixture: {engines}")
     sources = sorted(r["source"] for r in frame.where("use = 'fit'").select("source").distinct().collect())
     median = ["raters by their median"] if wanted.raters == "median" else []
     aim = "; ".join([str(wanted.objective), *map(str, wanted.requirements), *median])
@@ -595,8 +695,8 @@ def _store(
                     "version": version, "segment": segment, "boundary": k, "tau": fit.taus[b],
                     "optimal_low": fit.lows[b], "optimal_high": fit.highs[b], "tau_low": low, "tau_high": high,
                     "segment_by": wanted.by, "temperature": final.temperature, "rule": wanted.rule, "objective": aim,
-                    "value": float(wanted.objective.shown(fit.confusion)), "n_gold": n, "gold_sources": sources,
-                    "allow_train": wanted.allow_train,
+                    "value": float(wanted.objective.shown(fit.confusion)), "n_gold": n_gold[segment],
+                    "gold_sources": sources, "allow_train": wanted.allow_train,
                     "model_id": model_id, "prompt_id": prompt_id, "engines": engines, "run_id": run.run_id,
                     "status": "candidate", "fitted_at": now,
                 }  # fmt: skip
@@ -618,7 +718,9 @@ def _shown(figure: tuple[float, float, float], sign: str = "") -> str:
 
 
 def _columns(wanted: Wanted) -> list[str]:
-    return ["macro_f1", "accuracy", "kappa", *(["cost"] if wanted.objective.costs else [])]
+    own = ["cost"] if wanted.objective.costs else []
+    own += [f"recall_{NAMES[wanted.objective.label].lower()}_or_better"] if wanted.objective.label else []
+    return ["macro_f1", "accuracy", "kappa", *own]
 
 
 def _table(wanted: Wanted, names: Sequence[str], split: str, found: list[Figure]) -> str:
@@ -654,4 +756,4 @@ def _cuts_told(segment: str, fit: Fit, wide: tuple[Floats, Floats] | None) -> st
     for b, k in enumerate(thresholds.BOUNDARIES):
         spread = f", spread {wide[0][b]:.4f} to {wide[1][b]:.4f}" if wide else ""
         parts.append(f"τ{k} = {fit.taus[b]:.6f} (as good from {fit.lows[b]:.6f} to {fit.highs[b]:.6f}{spread})")
-    return f"    {segment or 'all':<24}" + "  ".join(parts)
+    return f"    {segment[:60] or 'all':<24}" + "  ".join(parts)

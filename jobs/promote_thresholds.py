@@ -1,6 +1,7 @@
 """Puts a version of thresholds, and with it its model and prompt, into force; also the way back.
 
 promote_thresholds --tables T --version V [--dry-run] [--max-shift 20%] [--max-missing 1%] [--reason "…"]
+    [--allow-engine "bfloat16, vllm 0.33.0"]
 
 Shows first how many pairs change their tier, from what to what. The swap is one commit, and it compares: where someone
 else has put a version into force since this one looked, nothing is written.
@@ -31,10 +32,14 @@ _LOST = "put into force meanwhile"
 
 @dataclass(frozen=True)
 class Gates:
-    """What may be missing (share of pairs without a row of the new model) and change (share of tiers) at most."""
+    """What may be missing (share of pairs that the new version gives no tier) and change (share of the tiers) at most.
+
+    `engines`: number type and engine, as thresholds.engines has them, that are let in beside those of the fit.
+    """
 
     missing: float = 0.01
     shift: float = 0.2
+    engines: tuple[str, ...] = ()
 
 
 def main(argv: list[str]) -> int:
@@ -46,11 +51,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--version", required=True, type=int, metavar="V", help="of thresholds")
     parser.add_argument(
         "--max-missing", type=share, default=Gates.missing, metavar="X",
-        help="refuse where more of the pairs have no row of its model and prompt (default 1%%)",
+        help="refuse where it leaves more of the pairs without a tier: not scored by its model and prompt, or without\n"
+        "a probability (default 1%%)",
     )  # fmt: skip
     parser.add_argument(
         "--max-shift", type=share, default=Gates.shift, metavar="X",
-        help="refuse where more of the pairs would change their tier (default 20%%)",
+        help="refuse where more of the tiers would change or be lost (default 20%%)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-engine", action="append", default=[], metavar="NAME",
+        help="let in rows of an engine that the fit did not see (the refusal names it); kept with the reason; may be\n"
+        "given again",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="show what would change, and stop")
     parser.add_argument("--by-whom", default=None, metavar="NAME", help="who does it (default: the login name)")
@@ -59,9 +70,8 @@ def main(argv: list[str]) -> int:
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     who = args.by_whom or getpass.getuser()
-    return promote(
-        spark, args.tables, args.version, Gates(args.max_missing, args.max_shift), who, args.reason, args.dry_run
-    )
+    gates = Gates(args.max_missing, args.max_shift, tuple(args.allow_engine))
+    return promote(spark, args.tables, args.version, gates, who, args.reason, args.dry_run)
 
 
 def share(text: str) -> float:
@@ -107,13 +117,17 @@ def promote(
             f"{JOB}: version {version}, {wanted[0]['objective']} = {wanted[0]['value']:.4f} on {wanted[0]['n_gold']:,} "
             f"judgements, model {new.model_id}, instead of " + (f"version {old.version}" if old else "none")
         )
-        refusal = shifted(spark, root, stored, old, new, gates)
+        refused = shifted(spark, root, stored, old, new, gates)
         fitted, now = set(wanted[0]["engines"]), set(engines_of(spark, root, new.model_id, new.prompt_id))
-        if other := sorted(now - fitted):
-            refusal = (
-                f"rows of its model were scored with {other[0]!r}, but it was fitted on rows of {sorted(fitted)}; fit "
-                f"anew: fit_thresholds --tables {root} --model-id {new.model_id} --prompt-id {new.prompt_id}"
+        if other := sorted(now - fitted - set(gates.engines)):
+            refused.append(
+                f"rows of its model were scored with {', '.join(map(repr, other))}, but it was fitted on rows of "
+                f"{sorted(fitted)}; fit anew (fit_thresholds --tables {root} --model-id {new.model_id} --prompt-id "
+                f"{new.prompt_id}), or let them in: " + " ".join(f"--allow-engine {engine!r}" for engine in other)
             )
+        if allowed := sorted((now - fitted) & set(gates.engines)):
+            reason = f"{reason or 'no reason given'} (allowed beside the engines of the fit: {'; '.join(allowed)})"
+        refusal = ". And ".join(refused)
         done = f"version {version} instead of {old.version if old else 'none'}, by {who}: {reason or 'no reason given'}"
         if refusal or dry_run:
             told = f"not put into force: {refusal}" if refusal else "dry run, nothing was written"
@@ -187,20 +201,21 @@ def segment_column(old: Version | None, new: Version) -> str:
 
 def shifted(
     spark: SparkSession, root: str, stored: DataFrame, old: Version | None, new: Version, gates: Gates
-) -> str | None:
-    """Prints which tiers change; returns why a gate refuses, None where none does."""
+) -> list[str]:
+    """Prints which tiers change; returns why gates refuse."""
     counted, by = tier_changes(spark, root, stored, old, new), segment_column(old, new)
     total = sum(r["count"] for r in counted)
-    missing = sum(r["count"] for r in counted if not r["there"])
+    unscored = sum(r["count"] for r in counted if not r["there"])
     without = sum(r["count"] for r in counted if r["there"] and r["after"] is None)
     stale = sum(r["count"] for r in counted if r["stale"])
     print(
-        f"{JOB}: {total:,} pairs: {missing:,} without a row of its model and prompt, {without:,} without a "
+        f"{JOB}: {total:,} pairs: {unscored:,} without a row of its model and prompt, {without:,} without a "
         f"probability, {stale:,} judged on an older text"
     )
-    both = [r for r in counted if r["before"] is not None and r["after"] is not None]
-    changed = [r for r in both if r["before"] != r["after"]]
-    of, change = sum(r["count"] for r in both), sum(r["count"] for r in changed)
+    # A tier that is lost is a change too: publish takes that pair out of the index.
+    tiered = [r for r in counted if r["before"] is not None]
+    of, change = sum(r["count"] for r in tiered), sum(r["count"] for r in tiered if r["before"] != r["after"])
+    lost = sum(r["count"] for r in tiered if r["after"] is None)
     matrix: Counter[tuple[int | None, int | None]] = Counter()
     for r in counted:
         matrix[r["before"], r["after"]] += r["count"]
@@ -209,25 +224,27 @@ def shifted(
     for b in (*LABELS, None) if old else (None,):
         print(f"    {names[b]:<12}" + "".join(f"{matrix[b, a]:>12,}" for a in (*LABELS, None)))
     if old:
-        print(f"{JOB}: {change:,} of {of:,} pairs change their tier ({_percent(change, of)})")
+        print(f"{JOB}: {change:,} of {of:,} tiers change ({_percent(change, of)}), {lost:,} of them are lost")
         told: dict[str, tuple[int, int]] = {}
-        for r in both:
+        for r in tiered:
             n, m = told.get(r["segment"], (0, 0))
             told[r["segment"]] = n + r["count"], m + (r["count"] if r["before"] != r["after"] else 0)
         most = sorted(told.items(), key=lambda item: (-item[1][1], item[0]))[:_SEGMENTS_TOLD]
         for segment, (n, m) in most if len(told) > 1 else ():
-            print(f"    {by} {segment or '(none)':<30} {m:>9,} of {n:>9,} change ({_percent(m, n)})")
-    if missing > gates.missing * total:
-        return (
-            f"{_percent(missing, total)} of the pairs have no row of model {new.model_id} and prompt {new.prompt_id}, "
-            f"allowed {gates.missing:.2%}; score them (rescore or backfill), or allow more with --max-missing"
+            print(f"    {by} {segment[:60] or '(none)':<30} {m:>9,} of {n:>9,} change ({_percent(m, n)})")
+    refused = []
+    if unscored + without > gates.missing * total:
+        refused.append(
+            f"{_percent(unscored + without, total)} of the pairs would have no tier, allowed {gates.missing:.2%}: "
+            f"{unscored:,} have no row of model {new.model_id} and prompt {new.prompt_id}, {without:,} no probability; "
+            "score them (backfill, with --retry-failed for those that failed), or allow more with --max-missing"
         )
     if old and change > gates.shift * of:
-        return (
+        refused.append(
             f"{_percent(change, of)} of the tiers would change, allowed {gates.shift:.2%}; look at the shift above, "
             "and allow it with --max-shift"
         )
-    return None
+    return refused
 
 
 def _percent(part: int, whole: int) -> str:

@@ -14,6 +14,7 @@ import argparse
 import csv
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -64,40 +65,30 @@ def in_force(spark: SparkSession, root: str) -> tuple[Version, DataFrame]:
 
 
 def publish(spark: SparkSession, root: str) -> dict[str, int]:
-    """Brings published_labels to the tiers in force; returns how many rows were inserted, updated and deleted."""
-    version, tiers = in_force(spark, root)
-    run = runs.start(spark, root, JOB, version.model_id, version.prompt_id)
+    """Brings published_labels to the tiers in force; returns how many rows were inserted, updated and deleted.
+
+    Raises ValueError where another publisher is at work, whatever its model.
+    """
+    in_force(spark, root)
+    run = runs.start(spark, root, JOB, alone=True)
+    counts: Counter[str] = Counter(inserted=0, updated=0, deleted=0)
     try:
-        new = tiers.select("pair_id", "query", "product_id", "locale", "tier", "version", "model_id")
-        old = delta.read(spark, root, "published_labels").select("pair_id", F.struct("*").alias("old"))
-        both = new.join(old, "pair_id", how="full")
-
-        def either(name: str) -> Any:
-            return F.coalesce(name, f"old.{name}").alias(name)
-
-        changes = both.where("tier IS NULL OR old IS NULL OR tier <> old.tier").select(
-            "pair_id",
-            either("query"),
-            either("product_id"),
-            either("locale"),
-            either("tier"),
-            F.coalesce("version", "old.tier_since_version").alias("tier_since_version"),
-            F.coalesce("model_id", "old.tier_since_model_id").alias("tier_since_model_id"),
-            F.current_timestamp().alias("published_at"),
-            F.col("tier").isNull().alias("gone"),
-        )
-        landed = delta.scratch(root, run.run_id, "changes")
-        changes.write.parquet(landed, mode="overwrite")
-        changes = spark.read.parquet(files.literal(landed))
-        nothing = {"inserted": 0, "updated": 0, "deleted": 0}
-        counts = nothing if changes.isEmpty() else delta.sync(spark, root, "published_labels", changes)
+        while True:
+            version, tiers = in_force(spark, root)
+            run = replace(run, model_id=version.model_id, prompt_id=version.prompt_id)
+            seen = delta.version(spark, root, "published_labels")
+            written = _written(spark, root, run.run_id, tiers, seen)
+            counts.update(written or {})
+            at = delta.version(spark, root, "published_labels")
+            # A commit that came between (two may start at once) is one that this one did not compare itself with.
+            if at == seen + (written is not None):
+                break
     except BaseException as error:
         runs.fail(spark, root, run, error)
         raise
     finally:
         delta.drop_scratch(spark, root, run.run_id)
-    runs.finish(spark, root, replace(run, counts=counts), "done")
-    at = delta.version(spark, root, "published_labels")
+    runs.finish(spark, root, replace(run, counts=dict(counts)), "done")
     print(
         f"{JOB}: version {version.version}: {counts['inserted']:,} new, {counts['updated']:,} with another tier, "
         f"{counts['deleted']:,} gone; published_labels is at Delta version {at}"
@@ -107,7 +98,33 @@ def publish(spark: SparkSession, root: str) -> dict[str, int]:
     after = thresholds.active(spark, root)
     if after and after.version != version.version:
         print(f"{JOB}: version {after.version} was put into force meanwhile; publish again")
-    return counts
+    return dict(counts)
+
+
+def _written(spark: SparkSession, root: str, run_id: str, tiers: DataFrame, seen: int) -> dict[str, int] | None:
+    """Writes what differs between tiers and version `seen` of published_labels; None, with no commit: nothing does."""
+    new = tiers.select("pair_id", "query", "product_id", "locale", "tier", "version", "model_id")
+    old = delta.read(spark, root, "published_labels", seen).select("pair_id", F.struct("*").alias("old"))
+    both = new.join(old, "pair_id", how="full")
+
+    def either(name: str) -> Any:
+        return F.coalesce(name, f"old.{name}").alias(name)
+
+    changes = both.where("tier IS NULL OR old IS NULL OR tier <> old.tier").select(
+        "pair_id",
+        either("query"),
+        either("product_id"),
+        either("locale"),
+        either("tier"),
+        F.coalesce("version", "old.tier_since_version").alias("tier_since_version"),
+        F.coalesce("model_id", "old.tier_since_model_id").alias("tier_since_model_id"),
+        F.current_timestamp().alias("published_at"),
+        F.col("tier").isNull().alias("gone"),
+    )
+    landed = delta.scratch(root, run_id, "changes")
+    changes.write.parquet(landed, mode="overwrite")
+    changes = spark.read.parquet(files.literal(landed))
+    return None if changes.isEmpty() else delta.sync(spark, root, "published_labels", changes)
 
 
 def export(spark: SparkSession, root: str, format: str, out: str) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.fit_thresholds import LOCAL_ROWS, Rows, Wanted, judged, local_rows
+from jobs.fit_thresholds import Rows, Wanted, judged, local_rows, sampled
 from jobs.promote_thresholds import segment_column, tier_changes
 from partitioner import measures, thresholds
 from partitioner.thresholds import BOUNDARIES, Objective, Version
@@ -32,6 +32,7 @@ JOB = "report"
 WORST = 50  # disagreements that are shown
 SEGMENTS = 30  # the largest of them
 TEXT = 300  # characters of a text that are shown
+NAME = 60  # and of a segment's name
 CURVE = 200  # points of a curve
 SHOWN = ("macro_f1", "accuracy", "kappa")
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:62rem;padding:0 1rem;color:#222}
@@ -87,13 +88,14 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
     of, told = thresholds.version_of(rows), every[chosen]
     figures = delta.read(spark, root, "measures").where(F.col("run_id") == told["run_id"]).collect()
 
+    aim = Objective.read(told["objective"].partition("; ")[0])
     wanted = Wanted(
-        told["rule"], of.segment_by, Objective(), (), sources=tuple(told["gold_sources"]),
+        told["rule"], of.segment_by, aim, (), sources=tuple(told["gold_sources"]),
         allow_train=told["allow_train"], raters="median" if "median" in told["objective"] else "fractions",
     )  # fmt: skip
     frame = judged(spark, root, wanted, of.model_id, of.prompt_id).where(F.col("use").isin("fit", "test")).persist()
     try:
-        sample = local_rows(frame.limit(LOCAL_ROWS))
+        sample = local_rows(sampled(frame, frame.count()))
         tiers = thresholds.labels(
             spark,
             delta.read(spark, root, "label_probs"),
@@ -103,11 +105,12 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
         sections = [
             tier_counts(tiers),
             *compared(figures),
-            confusion(figures, told["rule"] + (f"_by_{of.segment_by}" if of.segment_by else "")),
-            *([curve(sample, of, rows)] if len(sample) else []),
+            confusion(figures, wanted.name),
+            *([curve(sample, of, rows, aim)] if len(sample) else []),
             *([calibration(sample, of)] if len(sample) else []),
             *shift(spark, root, stored, every, of),
-            *by_kind(frame, tiers, of),
+            *by_segment(figures, wanted.name, of),
+            by_words(frame, tiers),
             disagreements(spark, root, frame, tiers),
         ]
     finally:
@@ -197,14 +200,17 @@ def confusion(figures: Sequence[Any], cuts: str) -> Section:
     return Section("confusion", "Labels against tiers", say, both, ("label", "tier", "weight", "share"), rows)
 
 
-def curve(sample: Rows, of: Version, rows: Sequence[Any]) -> Section:
-    """The measures as one τ moves and the others stay; the cut and its interval."""
+def curve(sample: Rows, of: Version, rows: Sequence[Any], aim: Objective) -> Section:
+    """What was made best, and the measures, as one τ moves and the others stay; the cut and its intervals."""
     import altair as alt
 
     cut = {row["boundary"]: row for row in rows if not row["segment"]}
     taus = of.cuts[""]
     one = cut[4]["rule"] == "one"
     c = thresholds.cumulative(sample.p, of.temperature)
+    lines = {m: measures.named()[m] for m in SHOWN} | {aim.name: aim.shown}
+    if aim.costs:  # on a scale of its own
+        lines = {aim.name: aim.shown}
     points, marks = [], []
     for b, k in enumerate(BOUNDARIES[:1] if one else BOUNDARIES):
         name = "τ" if one else f"τ{k}"
@@ -212,7 +218,7 @@ def curve(sample: Rows, of: Version, rows: Sequence[Any]) -> Section:
         for tau in sorted({*np.linspace(low, high, CURVE).tolist(), taus[b]}):
             moved = [tau] * 3 if one else [tau if i == b else taus[i] for i in range(3)]
             found = measures.confusions(sample.weights, thresholds.tiers(c, moved))
-            points += [(name, m, tau, round(float(measures.named()[m](found)), 6)) for m in SHOWN]
+            points += [(name, m, tau, round(float(of_confusion(found)), 6)) for m, of_confusion in lines.items()]
         row = cut[k]
         spread = [row["tau_low"], row["tau_high"]]
         marks.append((name, row["tau"], row["optimal_low"], row["optimal_high"], *spread))
@@ -231,16 +237,21 @@ def curve(sample: Rows, of: Version, rows: Sequence[Any]) -> Section:
         .mark_rect(opacity=0.15, color="#d62728")
         .encode(alt.X("spread_low:Q", title="τ"), alt.X2("spread_high:Q"))
     )
+    best = (
+        alt.Chart(at)
+        .mark_rect(opacity=0.45, color="#2ca02c")
+        .encode(alt.X("optimal_low:Q", title="τ"), alt.X2("optimal_high:Q"))
+    )
     charts = [
         alt.layer(
-            *(layer.transform_filter(alt.datum.cut == name) for layer in (band, line, rule))
+            *(layer.transform_filter(alt.datum.cut == name) for layer in (band, best, line, rule))
         ).properties(width=240, height=200, title=name)
         for name, *_ in marks
     ]  # fmt: skip
     say = (
-        "Measures on all judged pairs (those of the fit too) as a cut moves and the others stay; the red line is the "
-        "cut, the band its spread over refits on resampled queries. A flat top: the cut hardly matters; a wide band: "
-        "judge more."
+        f"What was made best ({aim}) and other measures on all judged pairs (those of the fit too) as a cut moves and "
+        "the others stay. The red line is the cut, the green band the interval that is as good, the red one the spread "
+        "over refits on resampled queries. A flat top: the cut hardly matters; a wide red band: judge more."
     )
     return Section("curve", "The cuts", say, alt.hconcat(*charts), head, marks)
 
@@ -297,7 +308,7 @@ def shift(spark: SparkSession, root: str, stored: DataFrame, every: dict[int, An
     segments: dict[str, list[int]] = {}
     for r in counted:
         cells[r["before"], r["after"]] += r["count"]
-        if r["before"] is not None and r["after"] is not None:
+        if r["before"] is not None:
             at = segments.setdefault(r["segment"], [0, 0])
             at[0] += r["count"]
             at[1] += r["count"] * (r["before"] != r["after"])
@@ -314,7 +325,7 @@ def shift(spark: SparkSession, root: str, stored: DataFrame, every: dict[int, An
     )
     found = [Section("shift", "Tiers that change", say, chart, ("before", "after", "pairs"), rows)]
     largest = sorted(segments.items(), key=lambda item: (-item[1][1], item[0]))[:SEGMENTS]
-    told = [(name or "(none)", n, m, round(m / n, 4)) for name, (n, m) in largest]
+    told = [(_cut(name or "(none)", NAME), n, m, round(m / n, 4)) for name, (n, m) in largest]
     if len(told) > 1:
         by = segment_column(before, of)
         chart = alt.Chart(_data(["segment", "pairs", "changed", "share"], told)).mark_bar().encode(
@@ -328,8 +339,36 @@ def shift(spark: SparkSession, root: str, stored: DataFrame, every: dict[int, An
     return found
 
 
-def by_kind(frame: DataFrame, tiers: DataFrame, of: Version) -> list[Section]:
-    """How often tiers are right, by length of the query and by segment."""
+def by_segment(figures: Sequence[Any], cuts: str, of: Version) -> list[Section]:
+    """What to expect of each segment with cuts of its own."""
+    import altair as alt
+
+    rows = [
+        (
+            _cut(f["segment"], NAME),
+            f["n"],
+            *(None if f[x] is None else round(f[x], 4) for x in ("value", "low", "high")),
+        )
+        for f in sorted(figures, key=lambda f: (-f["n"], f["segment"]))
+        if (f["cuts"], f["split"], f["measure"]) == (cuts, "out_of_fold", "macro_f1") and f["segment"]
+    ][:SEGMENTS]
+    if not rows:
+        return []
+    head = ("segment", "judgements", "macro_f1", "low", "high")
+    base = alt.Chart(_data(head, rows)).encode(alt.Y("segment:N", sort=None, title=of.segment_by))
+    bars = base.mark_rule(strokeWidth=2).encode(alt.X("low:Q", title="macro-F1"), alt.X2("high:Q"))
+    dots = base.mark_point(filled=True, size=70).encode(
+        alt.X("macro_f1:Q"), tooltip=["segment:N", "judgements:Q", "macro_f1:Q", "low:Q", "high:Q"]
+    )
+    say = (
+        f"Expected of new pairs, by {of.segment_by}, where it has cuts of its own: out of fold, 95 % intervals from a "
+        "bootstrap by query. A weak one with a narrow interval is where the next training data should come from."
+    )
+    return [Section("by-segment", f"By {of.segment_by}", say, bars + dots, head, rows)]
+
+
+def by_words(frame: DataFrame, tiers: DataFrame) -> Section:
+    """How often tiers are right, by length of the query."""
     import altair as alt
 
     both = frame.join(tiers.select("pair_id", "tier"), "pair_id", how="inner").where("tier IS NOT NULL")
@@ -338,29 +377,23 @@ def by_kind(frame: DataFrame, tiers: DataFrame, of: Version) -> list[Section]:
         (F.when(F.col("tier") == y, F.col(f"w{y}")).otherwise(0.0) for y in LABELS[1:]),
         F.when(F.col("tier") == 4, F.col("w4")).otherwise(0.0),
     )
-    kinds = {"words": ("words of the query", F.least("words", F.lit(6)))}
-    if of.segment_by:
-        kinds["segment"] = (of.segment_by, F.col("segment"))
-    found = []
-    for key, (title, column) in kinds.items():
-        rows = both.groupBy(column.alias("kind")).agg(
-            F.count("*").alias("n"), (F.sum(right) / F.sum(weight)).alias("accuracy"),
-            F.countDistinct("query").alias("queries"),
-        ).orderBy(F.desc("n")).limit(SEGMENTS).collect()  # fmt: skip
-        told = [(str(r["kind"]) or "(none)", r["n"], r["queries"], round(r["accuracy"], 4)) for r in rows]
-        if key == "words":
-            told = sorted(("6 or more" if t[0] == "6" else t[0], *t[1:]) for t in told)
-        head = ("kind", "judgements", "queries", "accuracy")
-        chart = alt.Chart(_data(head, told)).mark_bar().encode(
-            alt.Y("kind:N", sort=None, title=title), alt.X("accuracy:Q", scale=alt.Scale(domain=[0, 1])),
-            tooltip=["kind:N", *(f"{name}:Q" for name in head[1:])],
-        )  # fmt: skip
-        say = (
-            f"Share of judgements that the tier meets, by {title}, on all judged pairs (those of the fit too). A weak "
-            "one with many judgements is where the next training data should come from."
-        )
-        found.append(Section(f"by-{key}", f"By {title}", say, chart, head, told))
-    return found
+    rows = both.groupBy(F.least("words", F.lit(6)).alias("kind")).agg(
+        F.count("*").alias("n"), (F.sum(right) / F.sum(weight)).alias("accuracy"),
+        F.countDistinct("query").alias("queries"),
+    ).orderBy("kind").collect()  # fmt: skip
+    told = [
+        ("6 or more" if r["kind"] == 6 else str(r["kind"]), r["n"], r["queries"], round(r["accuracy"], 4)) for r in rows
+    ]
+    head = ("kind", "judgements", "queries", "accuracy")
+    chart = alt.Chart(_data(head, told)).mark_bar().encode(
+        alt.Y("kind:N", sort=None, title="words of the query"), alt.X("accuracy:Q", scale=alt.Scale(domain=[0, 1])),
+        tooltip=["kind:N", *(f"{name}:Q" for name in head[1:])],
+    )  # fmt: skip
+    say = (
+        "Share of judgements that the tier meets, by words of the query, on all judged pairs (those of the fit too). A "
+        "weak one with many judgements is where the next training data should come from."
+    )
+    return Section("by-words", "By words of the query", say, chart, head, told)
 
 
 def disagreements(spark: SparkSession, root: str, frame: DataFrame, tiers: DataFrame) -> Section:
@@ -444,8 +477,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "<table>" + (f"<tr>{top}</tr>" if top else "") + "".join(f"<tr>{c}</tr>" for c in cells) + "</table>"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= TEXT else text[: TEXT - 1] + "…"
+def _cut(text: str, most: int = TEXT) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _data(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:

@@ -8,14 +8,19 @@ a few scans). Macro-F1 chains neighbours (F1 of Related needs τ4 and τ3), so i
 square of the cuts, up to `EXACT_CUTS`; beyond that a grid of them, and then each τ in turn over all cuts.
 
 Every value in the data is a cut, and all τ between two neighbouring values cut alike: such an interval (low, high] is
-what is searched, its middle is what is chosen. Weights are rounded to 2^-20, so that sums are exact in any order: the
-same cuts come out whatever the order of rows and however they lie in partitions.
+what is searched, its middle is what is chosen; of several that are as good, the widest. Weights are rounded to 2^-20,
+so that sums are exact in any order, and intervals are joined over the borders of partitions: the same cuts come out
+whatever the order of rows and however they lie in partitions.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any, Protocol
 
@@ -33,12 +38,14 @@ from schemas.labels import LABELS, NAMES, P_COLUMNS
 from schemas.tables import SEGMENT_COLUMNS
 
 BOUNDARIES = LABELS[:3]
+_WEIGHTS = [f"w{y}" for y in LABELS]
+_EVENTS = f"value DOUBLE, k TINYINT, {', '.join(f'{w} DOUBLE' for w in _WEIGHTS)}"
 RULES = ("one", "boundary")
 EXACT_CUTS = 4096  # values a boundary: 17 million combinations of two cuts, under a second
 GRID_CUTS = 1024
+PIECE_VALUES = 2_000_000  # a worker holds at a time, at 41 bytes and a few copies
 _ZOOMS = 6
-_ALIKE = 1e-13  # objectives nearer than this (of their size) are one: the noise of adding up costs
-_FIRST = 1e6  # what recall is worth against accuracy, where recall is asked for
+_ALIKE = 1e-14  # objectives nearer than this (of their largest) are one: the noise of adding up costs
 
 # The rule, for readers: SQL that Spark, DuckDB and Polars understand; docs/labels.sql is this text.
 
@@ -125,9 +132,9 @@ def weighted_score(p: Floats) -> Floats:
 
 
 def tiers(c: Floats, taus: Sequence[float] | Floats) -> NDArray[np.int64]:
-    """The rule: c [n, 3] and τ4, τ3, τ2 (or one triple a row) -> tiers [n]."""
+    """The rule: c [n, 3] and τ4, τ3, τ2 (or whatever triples numpy sets against them) -> tiers [n]."""
     met = c >= np.asarray(taus)
-    return np.where(met[:, 0], 4, np.where(met[:, 1], 3, np.where(met[:, 2], 2, 1))).astype(np.int64)
+    return np.where(met[..., 0], 4, np.where(met[..., 1], 3, np.where(met[..., 2], 2, 1))).astype(np.int64)
 
 
 def argmax(p: Floats) -> NDArray[np.int64]:
@@ -200,14 +207,25 @@ def version_of(rows: Sequence[Any]) -> Version:
 
 @dataclass(frozen=True)
 class Objective:
-    """macro_f1, accuracy, kappa, cost (`costs` [label, tier], 4 first: as little as can be), or recall (of `label`)."""
+    """macro_f1, accuracy, kappa, cost (`costs` [label, tier], 4 first: as little as can be), or recall (of `label` or
+    better; of the cuts with the most of it those with the most accuracy)."""
 
     name: str = "macro_f1"
     costs: tuple[tuple[float, ...], ...] | None = None
     label: int | None = None
 
     def __str__(self) -> str:
+        if self.costs is not None:
+            return f"{self.name} {json.dumps(self.costs)}"
         return self.name if self.label is None else f"recall of {NAMES[self.label]} or better, then accuracy"
+
+    @classmethod
+    def read(cls, text: str) -> Objective:
+        """The objective from its text, as `thresholds.objective` begins with it."""
+        name, _, rest = text.partition(" ")
+        if name == "cost":
+            return cls(name, costs=tuple(tuple(row) for row in json.loads(rest)))
+        return cls(name, label=next((y for y in LABELS if NAMES[y] in rest), None))
 
     def value(self, confusion: Floats) -> Floats:
         """The objective of confusion matrices [..., label, tier], the more the better; cost is negative."""
@@ -215,14 +233,15 @@ class Objective:
             return measures.macro_f1(confusion)
         if self.name == "kappa":
             return measures.kappa(confusion)
+        if self.name == "recall":
+            recall = measures.recall(confusion, self.label or 4)
+            return np.where(np.isnan(recall), 0.0, recall)
         total = np.maximum(confusion.sum((-1, -2)), 1e-300)
         found: Floats = (confusion * self.worth()).sum((-1, -2)) / total
         return found
 
     def shown(self, confusion: Floats) -> Floats:
-        """What people read of it: recall alone, and costs as costs."""
-        if self.name == "recall":
-            return measures.recall(confusion, self.label or 4)
+        """What people read of it: costs as costs."""
         return -self.value(confusion) if self.name == "cost" else self.value(confusion)
 
     def worth(self) -> Floats:
@@ -234,8 +253,8 @@ class Objective:
         if self.name == "recall":
             k = LABELS.index(self.label or 4) + 1
             right = np.zeros((4, 4))
-            right[:k, :k] = _FIRST
-            return right + np.eye(4)
+            right[:k, :k] = 1
+            return right
         raise AssertionError(f"{self.name} is no sum of worths")
 
 
@@ -278,6 +297,14 @@ class Requirement:
             return ~(found > self.bound + 1e-12)
         return np.asarray(found >= self.bound - 1e-12)
 
+    def best(self, bound: float) -> str:
+        """The requirement beside the best bound that can be met, which is told so that it can be asked for."""
+        if math.isnan(bound):
+            return f"{self}: no judgement is {NAMES[self.label]}{'' if self.label == 4 else ' or better'}"
+        at_most = self.of is not None
+        nearest = math.ceil(bound * 1e4 - 1e-8) / 1e4 if at_most else math.floor(bound * 1e4 + 1e-8) / 1e4
+        return f"{self}: the best alone is {nearest:g}"
+
 
 class Impossible(ValueError):
     """No cut meets a requirement; says the best that can be had."""
@@ -290,19 +317,29 @@ class Impossible(ValueError):
 class Piece:
     """All cuts τ in (low, high]. For boundaries 4, 3, 2: where its cuts change, and the weight by label at or above.
 
-    `uppers[b]`: ascending, the last is `high`; τ in (uppers[b][i-1], uppers[b][i]] shows `above[b][i]` [4].
+    `uppers[b]`: ascending, the last is `high`; τ in (uppers[b][i-1], uppers[b][i]] shows `above[b][i]` [4]. The first
+    of these intervals begins at `begins[b]`, maybe in a lower piece; where `open[b]`, the last ends in a higher one.
     """
 
     low: float
     high: float
-    uppers: tuple[Floats, Floats, Floats]
-    above: tuple[Floats, Floats, Floats]
+    uppers: tuple[Floats, ...]
+    above: tuple[Floats, ...]
+    begins: tuple[float, ...] = (-1.0, -1.0, -1.0)
+    open: tuple[bool, ...] = (False, False, False)
 
+    @cached_property
     def merged(self) -> tuple[Floats, Floats, Floats]:
         """The cuts of all boundaries on one scale: lows [m], highs [m], above [m, boundary, label]."""
         highs = np.unique(np.concatenate(self.uppers))
         above = [a[np.searchsorted(u, highs)] for u, a in zip(self.uppers, self.above, strict=True)]
         return np.concatenate(([self.low], highs[:-1])), highs, np.stack(above, axis=1)
+
+    def cells(self, b: int) -> tuple[Floats, Floats, Floats]:
+        """The cuts of one boundary that end here, whole: lows [m], highs [m], above [m, label]."""
+        m = len(self.uppers[b]) - self.open[b]
+        highs = self.uppers[b][:m]
+        return np.concatenate(([self.begins[b]], highs))[:m], highs, self.above[b][:m]
 
 
 def rounded(weights: Floats) -> Floats:
@@ -321,10 +358,14 @@ def _ranked(values: Floats) -> Ranked:
     return order, starts, ranked[starts]
 
 
-def _cuts(ranked: Ranked, weights: Floats, high: float, beyond: Floats) -> tuple[Floats, Floats]:
-    """One boundary's `uppers` and `above`, where `beyond` [4] lies above `high`."""
-    order, starts, values = ranked
-    sums = np.add.reduceat(weights[order], starts) if len(starts) else np.zeros((0, 4))
+def _summed(ranked: Ranked, weights: Floats) -> Floats:
+    """The weights [n, 4] summed up for each distinct value."""
+    order, starts, _ = ranked
+    return np.add.reduceat(weights[order], starts) if len(starts) else np.zeros((0, 4))
+
+
+def _cuts(values: Floats, sums: Floats, high: float, beyond: Floats) -> tuple[Floats, Floats]:
+    """One boundary's `uppers` and `above`, from its distinct values and their weights; `beyond` [4] is above `high`."""
     above = np.cumsum(sums[::-1], axis=0)[::-1] + beyond
     if not len(values) or values[-1] < high:
         return np.append(values, high), np.vstack([above, beyond])
@@ -340,8 +381,9 @@ class Values:
     def cuts(self, weights: Floats) -> Local:
         """The cuts for weights [n, 4] by label."""
         weights = rounded(weights)
-        (u4, a4), (u3, a3), (u2, a2) = (_cuts(ranked, weights, 1.0, np.zeros(4)) for ranked in self._ranked)
-        return Local(Piece(-1.0, 1.0, (u4, u3, u2), (a4, a3, a2)), weights.sum(0))
+        cuts = [_cuts(ranked[2], _summed(ranked, weights), 1.0, np.zeros(4)) for ranked in self._ranked]
+        uppers, above = zip(*cuts, strict=True)
+        return Local(Piece(-1.0, 1.0, uppers, above), weights.sum(0))
 
 
 Step = Callable[[Piece], list[float]]
@@ -367,35 +409,43 @@ class Local:
         return [step(self.piece)]
 
 
+def partitions(spark: SparkSession, rows: int) -> int:
+    """In how many pieces that many rows lie well: two for each core, more where a worker could not hold one."""
+    return max(2 * spark.sparkContext.defaultParallelism, -(-3 * rows // PIECE_VALUES))
+
+
 class Spread:
-    """All cuts of rows that Spark holds: each row's three values, sorted into ranges, one piece a partition.
+    """All cuts of rows that Spark holds: their values, sorted into ranges, one piece a partition.
 
     Nothing but a few numbers a partition comes to the driver. `close` lets go of what is cached.
     """
 
     def __init__(self, rows: DataFrame, partitions: int) -> None:
         """`rows`: columns c4, c3, c2, w4, w3, w2, w1."""
-        weights = [F.round(F.col(f"w{y}") * 2**20) / 2**20 for y in LABELS]
+        weights = [(F.round(F.col(w) * 2**20) / 2**20).alias(w) for w in _WEIGHTS]
         events = [
             F.struct(F.least(f"c{k}", F.lit(1.0)).alias("value"), F.lit(k).cast("byte").alias("k")) for k in BOUNDARIES
         ]
-        frame = rows.select(
-            F.explode(F.array(*events)).alias("e"), *[w.alias(f"w{y}") for w, y in zip(weights, LABELS, strict=True)]
-        )
-        frame = frame.select("e.value", "e.k", *[f"w{y}" for y in LABELS])
-        self._frame = frame.repartitionByRange(partitions, "value").persist()
-        sums = [F.sum(F.when(F.col("k") == k, F.col(f"w{y}"))).alias(f"s{k}{y}") for k in BOUNDARIES for y in LABELS]
-        found = (
-            self._frame.groupBy(F.spark_partition_id().alias("at")).agg(F.max("value").alias("top"), *sums).collect()
-        )
-        parts = sorted(found, key=lambda r: r["top"])
-        self.gold = np.zeros(4)
+        frame = rows.select(F.explode(F.array(*events)).alias("e"), *weights).select("e.value", "e.k", *_WEIGHTS)
+        self._spark = frame.sparkSession
+        self._frame = frame.repartitionByRange(partitions, "value").mapInArrow(_sorted, _EVENTS).persist()
+        of = [F.max(F.when(F.col("k") == k, F.col("value"))).alias(f"top{k}") for k in BOUNDARIES]
+        of += [F.sum(F.when(F.col("k") == k, F.col(w))).alias(f"{w}_{k}") for k in BOUNDARIES for w in _WEIGHTS]
+        with _large_batches(self._spark):
+            found = self._frame.groupBy(F.spark_partition_id().alias("at")).agg(F.max("value").alias("top"), *of)
+            parts = sorted(found.collect(), key=lambda r: r["top"])
+        begins: list[tuple[float, ...]] = [(-1.0, -1.0, -1.0)]
+        lows = [-1.0, *(float(part["top"]) for part in parts[:-1])]
+        for part in parts:
+            tops = [part[f"top{k}"] for k in BOUNDARIES]
+            begins.append(tuple(b if top is None else top for b, top in zip(begins[-1], tops, strict=True)))
         beyond, self._place = np.zeros((3, 4)), {}
         for i in range(len(parts) - 1, -1, -1):
-            low = parts[i - 1]["top"] if i else -1.0
-            high = parts[i]["top"] if i < len(parts) - 1 else 1.0
-            self._place[int(parts[i]["at"])] = (float(low), float(high), beyond.copy())
-            beyond = beyond + [[parts[i][f"s{k}{y}"] or 0.0 for y in LABELS] for k in BOUNDARIES]
+            last = i == len(parts) - 1
+            high = 1.0 if last else float(parts[i]["top"])
+            goes_on = tuple(not last and top < high for top in begins[i + 1])
+            self._place[int(parts[i]["at"])] = (lows[i], high, beyond, begins[i], goes_on)
+            beyond = beyond + [[parts[i][f"{w}_{k}"] or 0.0 for w in _WEIGHTS] for k in BOUNDARIES]
         self.gold = beyond[0]
 
     def each(self, step: Step) -> list[list[float]]:
@@ -403,33 +453,55 @@ class Spread:
         place = self._place
 
         def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-            rows = pa.Table.from_batches(list(batches))
+            value, k, weights = _arrays(batches)
             context = TaskContext.get()
             at = context.partitionId() if context else -1
-            if rows.num_rows:
-                low, high, beyond = place[at]
-                value, k = rows["value"].to_numpy(), rows["k"].to_numpy()
-                weights = np.stack([rows[f"w{y}"].to_numpy() for y in LABELS], axis=1)
+            if len(value):
+                low, high, beyond, begins, goes_on = place[at]
                 mine = [k == boundary for boundary in BOUNDARIES]
-                (u4, a4), (u3, a3), (u2, a2) = (
-                    _cuts(_ranked(value[m]), weights[m], high, beyond[b]) for b, m in enumerate(mine)
-                )
-                said = step(Piece(low, high, (u4, u3, u2), (a4, a3, a2)))
+                cuts = [_cuts(value[m], weights[m], high, beyond[b]) for b, m in enumerate(mine)]
+                uppers, above = zip(*cuts, strict=True)
+                said = step(Piece(low, high, uppers, above, begins, goes_on))
                 yield pa.RecordBatch.from_pydict({"low": [low], "said": [said]})
 
-        # Prompts go to workers by 512; these rows are 41 bytes.
-        conf, rows_a_batch = self._frame.sparkSession.conf, "spark.sql.execution.arrow.maxRecordsPerBatch"
-        before = conf.get(rows_a_batch)
-        conf.set(rows_a_batch, "100000")
-        try:
+        with _large_batches(self._spark):
             said = self._frame.mapInArrow(run, "low DOUBLE, said ARRAY<DOUBLE>").collect()
-        finally:
-            conf.set(rows_a_batch, str(before))
         return [list(row["said"]) for row in sorted(said, key=lambda r: r["low"])]
 
     def close(self) -> None:
         """Frees what is cached."""
         self._frame.unpersist()
+
+
+def _arrays(batches: Iterable[pa.RecordBatch]) -> tuple[Floats, NDArray[np.int8], Floats]:
+    """Values, boundaries and weights [n, 4] of a partition."""
+    if not (there := [batch for batch in batches if batch.num_rows]):
+        return np.zeros(0), np.zeros(0, np.int8), np.zeros((0, 4))
+    rows = pa.Table.from_batches(there)
+    return rows["value"].to_numpy(), rows["k"].to_numpy(), np.stack([rows[w].to_numpy() for w in _WEIGHTS], axis=1)
+
+
+def _sorted(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """A partition once for all steps: each boundary's distinct values, ascending, with the sum of their weights."""
+    value, k, weights = _arrays(batches)
+    for boundary in BOUNDARIES:
+        mine = k == boundary
+        ranked = _ranked(value[mine])
+        sums = _summed(ranked, weights[mine])
+        cells = {"value": ranked[2], "k": np.full(len(sums), boundary, np.int8)}
+        yield pa.RecordBatch.from_pydict(cells | {w: sums[:, i] for i, w in enumerate(_WEIGHTS)})
+
+
+@contextmanager
+def _large_batches(spark: SparkSession) -> Iterator[None]:
+    """Prompts go to workers by 512; these rows are 41 bytes."""
+    rows_a_batch = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    before = spark.conf.get(rows_a_batch)
+    spark.conf.set(rows_a_batch, "100000")
+    try:
+        yield
+    finally:
+        spark.conf.set(rows_a_batch, str(before))
 
 
 # Finding them
@@ -462,18 +534,23 @@ def fit(
     if not pieces.gold.sum() > 0:
         raise ValueError("there are no judged rows to fit on")
 
-    def search(pieces: Pieces, objective: Objective, requirements: tuple[Requirement, ...]) -> Intervals | None:
+    def search(objective: Objective, requirements: tuple[Requirement, ...]) -> Intervals | None:
         if rule == "one":
-            return _one(pieces, objective, requirements)
-        return _boundaries(pieces, objective, requirements, cuts)
+            found = _one(pieces, objective, requirements)
+        else:
+            found = _boundaries(pieces, objective, requirements, cuts)
+        if found is None or objective.name != "recall":
+            return found
+        label, most = objective.label or 4, _settled(pieces, objective, *found).value
+        as_much = (Requirement("recall", label, most),) if most > 0 else ()
+        return search(Objective("accuracy"), (*requirements, *as_much))
 
-    found = search(pieces, objective, tuple(requirements))
+    found = search(objective, tuple(requirements))
     if found is None and relax:
-        found = search(pieces, objective, tuple(_nearest(pieces, r) for r in requirements)) or search(
-            pieces, objective, ()
-        )
+        nearest = tuple(replace(r, bound=_nearest(pieces, r)) for r in requirements)
+        found = search(objective, nearest) or search(objective, ())
     if found is None:
-        best = "; ".join(f"{r}: the best alone is {_nearest(pieces, r).bound:.4g}" for r in requirements)
+        best = "; ".join(r.best(_nearest(pieces, r)) for r in requirements)
         together = "" if len(requirements) == 1 and rule == "boundary" else " (they must hold together)"
         raise Impossible(f"no cuts meet what is required{together}. {best}. Ask for that, or for less")
     return _settled(pieces, objective, *found)
@@ -520,8 +597,8 @@ def _confusion(shown: Floats, gold: Floats) -> Floats:
     return np.stack([s4, s3 - s4, s2 - s3, gold - s2], axis=-1)
 
 
-def _nearest(pieces: Pieces, requirement: Requirement) -> Requirement:
-    """The requirement with the best bound that can be met."""
+def _nearest(pieces: Pieces, requirement: Requirement) -> float:
+    """The best bound that can be met; NaN where the figure is not defined."""
     gold, b = pieces.gold, BOUNDARIES.index(requirement.label)
 
     def step(piece: Piece) -> list[float]:
@@ -530,39 +607,73 @@ def _nearest(pieces: Pieces, requirement: Requirement) -> Requirement:
         return [float(found.min() if requirement.of is not None else found.max())] if len(found) else []
 
     found = [x for said in pieces.each(step) for x in said]
-    best = (min if requirement.of is not None else max)(found) if found else float("nan")
-    return Requirement(requirement.kind, requirement.label, best, requirement.of)
+    return (min if requirement.of is not None else max)(found) if found else float("nan")
+
+
+def _widest(
+    pieces: Pieces, of: Callable[[Piece], tuple[Floats, Floats | float]], size: float, limit: float = 1.0
+) -> tuple[float, float, float] | None:
+    """The widest run of cuts that are best, as (low, high], and the first best cut in it; None where no cut may be.
+
+    `of` gives for each merged cut what it is worth by itself and by what it leaves to lower boundaries; best is the
+    most of the sum up to `limit`, and a run is where the first stays as it is. `size`: the largest worth there can be.
+    A piece says its first run, its last, and the widest best one between: the others end inside it and are narrower.
+    """
+    near = _ALIKE * size
+
+    def step(piece: Piece) -> list[float]:
+        lows, highs, _ = piece.merged
+        own, rest = of(piece)
+        value = np.where(highs <= limit, own + rest, -np.inf)
+        most = float(value.max())
+        with np.errstate(invalid="ignore"):
+            other = (own[1:] != own[:-1]) & ~(np.abs(np.diff(own)) <= near)
+        starts = np.flatnonzero(np.concatenate(([True], other)))
+        ends = np.append(starts[1:], len(own)) - 1
+        best = np.flatnonzero(value >= most - near) if most > -np.inf else np.zeros(0, np.int64)
+        runs, at = np.unique(np.searchsorted(starts, best, side="right") - 1, return_index=True)
+        first = np.full(len(starts), np.nan)
+        first[runs] = highs[best[at]]
+        told = {0, len(starts) - 1}
+        inner = runs[(runs > 0) & (runs < len(starts) - 1)]
+        if len(inner):
+            told.add(int(inner[(highs[ends[inner]] - np.maximum(lows[starts[inner]], 0)).argmax()]))
+        said = [most]
+        for run in sorted(told):
+            begin, end = starts[run], ends[run]
+            said += [float(x) for x in (lows[begin], highs[end], own[begin], own[end], first[run])]
+        return said
+
+    said = pieces.each(step)
+    best = max(most for most, *_ in said)
+    if best == -np.inf:
+        return None
+    joined: list[tuple[float, float, float, float]] = []  # low, high, worth at its end, its first best cut or NaN
+    for most, *told in said:
+        for low, high, worth, at_end, first in zip(*[iter(told)] * 5, strict=True):
+            if most < best - near:
+                first = math.nan
+            if joined and joined[-1][1] == low and (joined[-1][2] == worth or abs(joined[-1][2] - worth) <= near):
+                low, _, _, before = joined.pop()
+                first = first if math.isnan(before) else before
+            joined.append((low, high, at_end, first))
+    low, high, _, first = max((r for r in joined if not math.isnan(r[3])), key=lambda r: r[1] - max(r[0], 0))
+    return low, high, first
 
 
 def _one(pieces: Pieces, objective: Objective, requirements: tuple[Requirement, ...]) -> Intervals | None:
-    """The interval of the best single τ; the widest of those that are alike."""
+    """The interval of the best single τ."""
     gold = pieces.gold
 
-    def step(piece: Piece) -> list[float]:
-        lows, highs, shown = piece.merged()
+    def of(piece: Piece) -> tuple[Floats, float]:
+        _, _, shown = piece.merged
         value = objective.value(_confusion(shown, gold))
         for requirement in requirements:
             value = np.where(requirement.met(shown[:, BOUNDARIES.index(requirement.label)], gold), value, -np.inf)
-        best = float(value.max())
-        if best == -np.inf:
-            return [best, 0.0, 0.0]
-        ties = np.flatnonzero(_alike(value, best))
-        starts = np.flatnonzero(np.concatenate(([True], np.diff(ties) > 1)))
-        ends = np.append(starts[1:], len(ties)) - 1
-        low, high = lows[ties[starts]], highs[ties[ends]]
-        widest = int((high - np.maximum(low, 0)).argmax())
-        return [best, float(low[widest]), float(high[widest])]
+        return value, 0.0
 
-    said = pieces.each(step)
-    best = max(value for value, *_ in said)
-    if best == -np.inf:
-        return None
-    _, low, high = max((s for s in said if _alike(np.array(s[0]), best)), key=lambda s: s[2] - max(s[1], 0))
-    return [low] * 3, [high] * 3
-
-
-def _alike(values: Floats, best: float) -> NDArray[np.bool_]:
-    return np.asarray(values >= best - _ALIKE * abs(best))
+    found = _widest(pieces, of, float(np.abs(objective.worth()).max()) if objective.costs else 1.0)
+    return found and ([found[0]] * 3, [found[1]] * 3)
 
 
 def _boundaries(
@@ -589,77 +700,55 @@ def _boundaries(
 
 
 def _ordered(pieces: Pieces, worth: Floats, requirements: tuple[Requirement, ...]) -> Intervals | None:
-    """The best τ4 ≥ τ3 ≥ τ2 where each boundary adds its own worth: one scan by ascending value.
+    """The best τ4 ≥ τ3 ≥ τ2 where each boundary adds its own worth: scans by ascending value.
 
-    A piece says, for each run of boundaries (2, 2..3, 2..4, 3, 3..4, 4), the most that they add if they are cut in it.
+    The first says, for each piece and each run of boundaries (2, 2..3, 2..4, 3, 3..4, 4), the most that they add if
+    they are cut in it, so that each piece then knows the most that lower boundaries add below it. With that τ4 is
+    found, then τ3 at or below it, then τ2.
     """
     gold = pieces.gold
     gain = worth[:, :3] - worth[:, 1:]  # [label, boundary]: tier k instead of k - 1
+    size = float(gold.sum() * np.abs(gain).max())
 
-    def step(piece: Piece) -> list[float]:
-        lows, highs, shown = piece.merged()
-        added = []
-        for b in (2, 1, 0):  # ascending boundaries 2, 3, 4
-            value = shown[:, b] @ gain[:, b]
-            for requirement in requirements:
-                if BOUNDARIES[b] == requirement.label:
-                    value = np.where(requirement.met(shown[:, b], gold), value, -np.inf)
-            added.append(value)
-        runs = [_runs(value, lows, highs) for value in added]
-        said: list[float] = []
+    def added(piece: Piece, b: int) -> Floats:
+        shown = piece.merged[2][:, 2 - b]  # b ascending: boundaries 2, 3, 4
+        value: Floats = shown @ gain[:, 2 - b]
+        return np.where(_met(requirements, 2 - b, shown, gold), value, -np.inf)
+
+    def most(piece: Piece) -> list[float]:
+        said = [piece.low]
+        each = [added(piece, b) for b in range(3)]
         for first in range(3):
-            so_far, reached = np.zeros(len(highs)), []
+            so_far: Floats | float = 0.0
             for last in range(first, 3):
-                value = added[last] + so_far
-                reached.append(value)
-                said += _traced(reached, runs[first : last + 1], first)
+                value = each[last] + so_far
+                said.append(float(value.max()))
                 so_far = np.maximum.accumulate(value)
         return said
 
-    names = [(first, last) for first in range(3) for last in range(first, 3)]
-    states: list[tuple[float, list[float], list[float]] | None] = [(0.0, [], []), None, None, None]
-    for said in pieces.each(step):
-        after = list(states)
-        for at, (first, last) in enumerate(names):
-            before, (value, *ends) = states[first], said[7 * at : 7 * at + 7]
-            if before is None or value == -np.inf:
-                continue
-            total, known = before[0] + value, after[last + 1]
-            if known is None or total > known[0]:
-                count = last + 1 - first
-                after[last + 1] = (total, before[1] + ends[:count], before[2] + ends[3 : 3 + count])
-        states = after
-    if states[3] is None:
-        return None
-    _, lows, highs = states[3]
-    return lows[::-1], highs[::-1]
+    below: dict[float, list[float]] = {}  # by a piece's low: the most of no boundary, 2, 2..3 in lower pieces
+    reached = [0.0, -np.inf, -np.inf]
+    for low, b2, b23, _, b3, *_ in pieces.each(most):
+        below[low] = reached
+        reached = [0.0, max(reached[1], b2), max(reached[2], b23, reached[1] + b3)]
 
+    lows, highs, limit = [], [], 1.0
+    for b in (2, 1, 0):
 
-def _runs(value: Floats, lows: Floats, highs: Floats) -> tuple[Floats, Floats]:
-    """For each cut the interval around it in which one boundary adds the same."""
-    with np.errstate(invalid="ignore"):
-        near = np.abs(np.diff(value)) <= _ALIKE * np.abs(value[1:])
-    same = (value[1:] == value[:-1]) | (near & np.isfinite(value[1:]))
-    starts = np.flatnonzero(np.concatenate(([True], ~same)))
-    ends = np.append(starts[1:], len(value)) - 1
-    of = np.cumsum(np.concatenate(([True], ~same))) - 1
-    return lows[starts][of], highs[ends][of]
+        def of(piece: Piece, b: int = b) -> tuple[Floats, Floats | float]:
+            so_far: Floats | float = 0.0
+            for lower in range(b):
+                value = added(piece, lower) + so_far
+                so_far = np.maximum(np.maximum.accumulate(value), below[piece.low][lower + 1])
+            return added(piece, b), so_far
 
-
-def _traced(reached: list[Floats], runs: list[tuple[Floats, Floats]], first: int) -> list[float]:
-    """The most that is reached, and lows (3) and highs (3) of the boundaries' intervals, the widest of those alike."""
-    best = float(reached[-1].max())
-    lows, highs = [0.0] * 3, [0.0] * 3
-    if best == -np.inf:
-        return [best, *lows, *highs]
-    limit = len(reached[-1])
-    for i in range(len(reached) - 1, -1, -1):
-        value = reached[i][:limit]
-        ties = np.flatnonzero(_alike(value, float(value.max())))
-        at = int(ties[(runs[i][1][ties] - np.maximum(runs[i][0][ties], 0)).argmax()])
-        lows[i], highs[i] = float(runs[i][0][at]), float(runs[i][1][at])
-        limit = at + 1
-    return [best, *lows, *highs]
+        found = _widest(pieces, of, size, limit)
+        if found is None:
+            return None
+        low, high, limit = found
+        lows.append(low)
+        highs.append(high)
+    return lows, highs
 
 
 Cells = tuple[Floats, Floats, Floats]  # of one boundary: lows [m], highs [m], shown [m, label]
@@ -670,11 +759,11 @@ def _macro_f1(pieces: Pieces, requirements: tuple[Requirement, ...], cuts: int) 
 
     Else the best of a grid of them, of a grid between its neighbours, and so on, and then each τ in turn over all cuts.
     """
-    gold, count = pieces.gold, len(pieces.each(lambda piece: [0.0]))
+    gold = pieces.gold
     windows = [(-1.0, 1.0)] * 3
     best: tuple[float, list[Floats]] | None = None
     for _ in range(_ZOOMS):
-        tables, whole = _cells(pieces, requirements, windows, cuts, count)
+        tables, whole = _cells(pieces, requirements, windows, cuts)
         chosen = _chained([(t[:, 0], t[:, 1], t[:, 2:]) for t in tables], gold) if all(map(len, tables)) else None
         if chosen is None:
             break
@@ -694,33 +783,41 @@ def _macro_f1(pieces: Pieces, requirements: tuple[Requirement, ...], cuts: int) 
 
 
 def _cells(
-    pieces: Pieces, requirements: tuple[Requirement, ...], windows: list[tuple[float, float]], cuts: int, count: int
+    pieces: Pieces, requirements: tuple[Requirement, ...], windows: list[tuple[float, float]], cuts: int
 ) -> tuple[list[Floats], bool]:
-    """Cells [m, low high and shown by label] of each boundary within its window, thinned out where they are many."""
+    """Cells [m, low high and shown by label] of each boundary within its window, and whether these are all.
+
+    Where a boundary has more than `cuts` of them, those of a grid by rank.
+    """
     gold = pieces.gold
+
+    def within(piece: Piece, b: int) -> Floats:
+        lows, highs, shown = piece.cells(b)
+        kept = (lows >= windows[b][0]) & (highs <= windows[b][1]) & _met(requirements, b, shown, gold)
+        return np.column_stack([lows[kept], highs[kept], shown[kept]])
+
+    counted = pieces.each(lambda piece: [piece.low, *(float(len(within(piece, b))) for b in range(3))])
+    counts = np.array(counted)[:, 1:]
+    before = {low: ranks for (low, *_), ranks in zip(counted, np.cumsum(counts, axis=0) - counts, strict=True)}
+    totals = counts.sum(0).astype(int)
+    wanted = max(3, min(cuts, GRID_CUTS))
+    ranks = [np.unique(np.linspace(0, n - 1, n if n <= cuts else wanted).round().astype(int)) for n in totals]
 
     def step(piece: Piece) -> list[float]:
         said: list[float] = []
-        for b, (least, most) in enumerate(windows):
-            highs, shown = piece.uppers[b], piece.above[b]
-            lows = np.concatenate(([piece.low], highs[:-1]))
-            kept = np.flatnonzero((lows >= least) & (highs <= most) & _met(requirements, b, shown, gold))
-            many = len(kept) > cuts // count
-            if many:
-                wanted = max(3, min(cuts, GRID_CUTS) // count)
-                kept = kept[np.unique(np.linspace(0, len(kept) - 1, wanted).round().astype(int))]
-            said += [float(many), float(len(kept)), *np.column_stack([lows, highs, shown])[kept].ravel().tolist()]
+        for b in range(3):
+            cells, at = within(piece, b), ranks[b] - int(before[piece.low][b])
+            cells = cells[at[(at >= 0) & (at < len(cells))]]
+            said += [float(len(cells)), *cells.ravel().tolist()]
         return said
 
     found: list[list[Floats]] = [[], [], []]
-    whole = True
     for said in pieces.each(step):
         for b in range(3):
-            size = int(said[1])
-            whole &= not said[0]
-            found[b].append(np.array(said[2 : 2 + 6 * size]).reshape(-1, 6))
-            said = said[2 + 6 * size :]
-    return [np.concatenate(group) for group in found], whole
+            size = int(said[0])
+            found[b].append(np.array(said[1 : 1 + 6 * size]).reshape(-1, 6))
+            said = said[1 + 6 * size :]
+    return [np.concatenate(group) for group in found], bool((totals <= cuts).all())
 
 
 def _met(requirements: tuple[Requirement, ...], b: int, shown: Floats, gold: Floats) -> NDArray[np.bool_]:
@@ -817,8 +914,7 @@ def _climbed(pieces: Pieces, requirements: tuple[Requirement, ...], value: float
         def step(
             piece: Piece, b: int = b, least: float = least, most: float = most, others: list[Floats] = others
         ) -> list[float]:
-            highs, shown = piece.uppers[b], piece.above[b]
-            lows = np.concatenate(([piece.low], highs[:-1]))
+            lows, highs, shown = piece.cells(b)
             fits = (np.maximum(lows, least) < np.minimum(highs, most)) & _met(requirements, b, shown, gold)
             kept = np.flatnonzero(fits)
             if not len(kept):

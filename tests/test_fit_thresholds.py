@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
 from jobs import fit_thresholds as job
 from jobs.fit_thresholds import Rows, Wanted, cutter, fit_thresholds, objective, out_of_fold, requirement
@@ -15,7 +16,7 @@ from partitioner import measures, thresholds
 from partitioner.thresholds import Objective, Requirement, Values, cumulative, fit
 from schemas import delta
 from tests import judged
-from tests.judged import MODEL, PROMPT, fill, gold, pair, run, scored
+from tests.judged import MODEL, PROMPT, fill, gold, pair, scored
 
 QUICK = Wanted("one", None, Objective(), (), replicates=50, refits=5)
 
@@ -28,8 +29,7 @@ def rows(seed: int = 0, queries: int = 40, each: int = 10) -> Rows:
     return Rows(p, np.eye(4)[label], np.arange(len(p)) // each, segments)
 
 
-@pytest.mark.parametrize("objective", [Objective(), Objective("accuracy"), Objective("kappa")], ids=str)
-def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession, objective: Objective) -> None:
+def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession) -> None:
     random = np.random.default_rng(4)
     p = random.dirichlet([0.5] * 4, 3000)
     p[:500] = np.round(p[:500] * 4) / 4  # ties, zeros and ones
@@ -38,20 +38,25 @@ def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession, objective: O
     c = cumulative(p)
     names = ["c4", "c3", "c2", "w4", "w3", "w2", "w1"]
     frame = spark.createDataFrame(np.hstack([c, weights]).tolist(), ", ".join(f"{n} DOUBLE" for n in names))
-    pieces = thresholds.Spread(frame, 3)
-    try:
+    here = Values(c).cuts(weights)
+    with closing(thresholds.Spread(frame, 3)) as pieces:
         assert len(pieces.each(lambda piece: [0.0])) == 3
-        for rule in thresholds.RULES:
-            found = fit(pieces, rule, objective, (Requirement("precision", 4, 0.5),), cuts=20_000)
-            expected = fit(Values(c).cuts(weights), rule, objective, (Requirement("precision", 4, 0.5),))
-            assert found.value == pytest.approx(expected.value, abs=1e-12)
-            assert found.confusion.sum() == expected.confusion.sum()
-    finally:
-        pieces.close()
+        for rule, objective, cuts in (
+            ("one", Objective(), 4096),
+            ("one", Objective("kappa"), 4096),
+            ("boundary", Objective(), 20_000),
+            ("boundary", Objective(), 64),
+            ("boundary", Objective("recall", label=4), 4096),
+        ):
+            required = (Requirement("precision", 4, 0.5),)
+            found, expected = (fit(each, rule, objective, required, cuts) for each in (pieces, here))
+            same = (expected.taus, expected.lows, expected.highs, expected.value)
+            assert (found.taus, found.lows, found.highs, found.value) == same
+            assert found.confusion.tolist() == expected.confusion.tolist()
 
 
 def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_and_named(
-    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged.tables(spark, root)
     more = 240
@@ -83,9 +88,10 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
         "1 judgements of raters: pair not scored by this model",
         "1 judgements of raters: judged pair is not in pairs",
         "200 judgements of binary: source with another scale",
-        "binary never uses one of the four labels",
+        "binary uses only labels 4, 1 of 4, 3, 2, 1; left out as another scale; name it with --gold-source",
         "3 pairs have no judgement",
         "1 of 2 values of category get cuts of their own",
+        "these take the cuts of all: Towels (",
         "CumPT boundary_by_category",
         "required: recall of Related or better at least 0.5; boundary_by_category 0.",
         "weighted score",
@@ -96,8 +102,8 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
         assert line in said, line
     stored = delta.read(spark, root, "thresholds").collect()
     assert {(r["version"], r["status"], r["segment"], r["n_gold"]) for r in stored} == {
-        (version, "candidate", s, 120) for s in ("", "Kettles")
-    }
+        (version, "candidate", "", 120), (version, "candidate", "Kettles", 88)
+    }  # fmt: skip
     for r in stored:
         assert r["optimal_low"] <= r["tau"] <= r["optimal_high"]
         assert r["tau_low"] <= r["tau_high"]
@@ -113,14 +119,37 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
     cells = [r["value"] for key, r in told.items() if key[:3] == ("score", "out_of_fold", "") and "confusion" in key[3]]
     assert sum(cells) == pytest.approx(120)
     assert ("raw", "fit", "", "ece_excellent") in told
-    bare = Wanted("one", None, Objective("accuracy"), (), allow_train=True, refits=0, replicates=0)
-    again = fit_thresholds(spark, root, bare)
-    last = delta.read(spark, root, "thresholds").where(F.col("version") == again).collect()
-    assert again == version + 1
+    flags = [
+        "--objective",
+        "accuracy",
+        "--allow-train",
+        "--refits",
+        "0",
+        "--replicates",
+        "0",
+        "--gold-source",
+        "raters",
+    ]
+    assert job.main(["--tables", root, *flags]) == 0
+    last = delta.read(spark, root, "thresholds").where("version = 2").collect()
     assert {(r["n_gold"], r["allow_train"], r["objective"]) for r in last} == {(184, True, "accuracy")}
     assert len({r["tau"] for r in last}) == 1
+    # More judgements than the driver takes: the same cuts, from the workers.
+    monkeypatch.setattr(job, "LOCAL_ROWS", 100)
+    assert fit_thresholds(spark, root, replace(wanted, replicates=0, refits=0)) == 3
+    said = capsys.readouterr().out
+    assert "cuts are fitted on all 120 judgements" in said
+    assert "these take the cuts of all: Towels (" in said
+    names = ("segment", "boundary", "tau", "optimal_low", "optimal_high", "value", "n_gold")
+    rows_of = delta.read(spark, root, "thresholds").where("version = 3").collect()
+    assert {tuple(r[n] for n in names) for r in rows_of} == {tuple(r[n] for n in names) for r in stored}
     done = delta.read(spark, root, "runs").where("job = 'fit_thresholds' AND status = 'done'").collect()
-    assert sorted(r["message"] for r in done) == ["version 1", "version 2"]
+    told_of = sorted(r["message"] for r in done)
+    assert told_of[0] == (
+        "version 1: --rule boundary --by category --objective macro_f1 --require 'recall of Related or better at least "
+        "0.5' --raters fractions --min-gold 40 --folds 5 --replicates 100 --refits 10 --seed 0"
+    )
+    assert told_of[1].startswith("version 2: --rule one --objective accuracy --raters fractions --gold-source raters")
 
 
 def test_without_probabilities_or_judgements_the_error_names_the_way_out(spark: SparkSession, root: str) -> None:
@@ -166,13 +195,47 @@ def test_intervals_are_wider_where_pairs_of_a_query_go_together() -> None:
 
 def test_a_segment_with_too_few_judgements_takes_the_cut_of_all() -> None:
     wanted = Wanted("one", "category", Objective(), (), min_gold=150)
+    assert job.own_segments({"a": (300, 30), "b": (100, 10), "c": (200, 9), "": (900, 90)}, wanted) == ["a"]
     all_rows = rows()
-    assert job.own_segments(all_rows, wanted) == ["a"]
     cut = cutter("one_by_category", all_rows, wanted, ["a"])
     assert set(cut.fits) == {"", "a"}
     here = all_rows.segments == "b"
     expected = thresholds.tiers(cumulative(all_rows.p[here]), cut.fits[""].taus)
     assert cut.tiers(all_rows)[here].tolist() == expected.tolist()
+
+
+def test_what_is_required_holds_for_all_segments_together_or_the_fit_fails_and_what_fell_back_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    all_rows = rows()
+    # In b the model is wrong: what it is sure of is Irrelevant. Over all rows the requirement can still be met.
+    spoilt = all_rows.segments == "b"
+    weights = np.where(spoilt[:, None], np.eye(4)[3], all_rows.weights)
+    all_rows = Rows(all_rows.p, weights, all_rows.queries, all_rows.segments)
+    wanted = Wanted("boundary", "category", Objective("recall", label=4), (Requirement("precision", 4, 0.6),))
+    for segments in (["a", "b"], ["a"]):
+        cut = cutter(wanted.name, all_rows, wanted, segments, relax=False)
+        assert set(cut.fits) == {"", "a"}  # in b it cannot be had
+        job._told_segments({"a": (300, 30), "b": (100, 10), "": (7, 2)}, segments, wanted, cut)
+    said = capsys.readouterr().out
+    assert "1 of 3 values of category get cuts of their own" in said
+    assert "b (what is required cannot be had there), (none) (7 judgements of 2 queries)" in said
+    assert "b (100 judgements of 10 queries), (none) (7 judgements of 2 queries)" in said
+    confusion = measures.confusions(all_rows.weights, cut.tiers(all_rows))
+    with pytest.raises(
+        thresholds.Impossible, match=r"come to 0\.\d+, not to precision of Excellent at least 0\.6: the"
+    ):
+        job._must_hold(confusion, wanted)
+    job._must_hold(confusion, replace(wanted, requirements=()))
+
+
+def test_the_comparison_shows_the_recall_that_was_asked_for() -> None:
+    wanted = replace(QUICK, objective=Objective("recall", label=3))
+    all_rows, names = rows(), ["one", "argmax"]
+    given = out_of_fold(all_rows, wanted, names, [])
+    found = job._figures(wanted, names, "out_of_fold", all_rows, given, [])
+    assert "recall_related_or_better" in job._table(wanted, names, "out_of_fold", found)
+    assert "one against argmax, recall_related_or_better: " in job._verdicts(wanted, names, found)
 
 
 def test_a_temperature_that_was_lost_is_found_again() -> None:
@@ -184,6 +247,13 @@ def test_a_temperature_that_was_lost_is_found_again() -> None:
     both = sharp, thresholds.scaled(sharp, 2.5)
     raw, mended = (measures.ece(measures.calibration(x, weights)["ece_excellent"]) for x in both)
     assert mended < 0.01 < raw
+    # What is told of it comes from temperatures that were fitted without the row's query.
+    few = Rows(sharp[:400], weights[:400], np.arange(400) // 10, np.array([""] * 400, dtype=object))
+    told = {(f[0], f[1], f[3]): f[4] for f in job._calibration(few, replace(QUICK, temperature=True))}
+    scaled = thresholds.scaled(few.p, measures.temperature(few.p, few.weights))
+    assert told["scaled", "out_of_fold", "log_loss"] > measures.likelihood_loss(scaled, few.weights)
+    assert told["scaled", "out_of_fold", "log_loss"] < told["raw", "fit", "log_loss"]
+    assert not any(f[0] == "scaled" for f in job._calibration(few, QUICK))
 
 
 def test_requirements_and_objectives_are_read_from_sentences() -> None:
@@ -212,13 +282,60 @@ def test_an_impossible_requirement_says_the_best_that_can_be_had() -> None:
         cutter("one", all_rows, wanted, relax=False)
 
 
-def test_raters_count_by_their_shares_or_as_their_median(spark: SparkSession, root: str) -> None:
-    fill(spark, root, "pairs", [pair(0, "q")])
-    fill(spark, root, "label_probs", [scored(0, "q", [0.7, 0.1, 0.1, 0.1])])
-    fill(spark, root, "gold", [gold(0, 3, rater_labels=[3, 4, 1], weight=6.0), gold(0, 2, source="single")])
-    fill(spark, root, "runs", [run()])
-    for raters, expected in (("fractions", [2, 2, 0, 2]), ("median", [0, 6, 0, 0])):
-        frame = job.judged(spark, root, Wanted("one", None, Objective(), (), raters=raters), MODEL, PROMPT)
-        got = {r["source"]: [r["w4"], r["w3"], r["w2"], r["w1"]] for r in frame.collect()}
-        assert got["raters"] == pytest.approx(expected)
-        assert got["single"] == [0, 0, 1, 0]
+def test_who_judged_what_was_learnt_or_held_out_and_what_is_one_query_is_known_of_each_judgement(
+    spark: SparkSession, root: str
+) -> None:
+    asked = ["q", "Straße  A", "STRASSE\u00a0a", "ﬁlter", "filter"]
+    fill(spark, root, "pairs", [pair(i, query, locale=f"l{i}") for i, query in enumerate(asked)])
+    fill(spark, root, "label_probs", [scored(i, query, [0.7, 0.1, 0.1, 0.1]) for i, query in enumerate(asked)])
+    fill(spark, root, "models", [
+        {"model_id": MODEL, "path": "/m", "stage": "sft", "weights_hash": "f", "metrics": {}, "created_at": judged.NOW,
+         "trained_on": ["raters"]}
+    ])  # fmt: skip
+    fill(spark, root, "gold", [
+        gold(0, 4, rater_labels=[3, 4, 1], weight=6.0), gold(0, 2, source="single"),
+        gold(1, 4, "train"), gold(1, 1, "test", source="second"), gold(1, 1, "dev", source="third"),
+        gold(2, 4, "test"), gold(2, 1, "dev", source="second"),
+        gold(3, 4, "train", source="second"), gold(4, 4, rater_labels=[1, 2, 3, 4]),
+    ])  # fmt: skip
+
+    def found(**more: Any) -> dict[tuple[str, str], Any]:
+        frame = job.judged(spark, root, replace(QUICK, **more), MODEL, PROMPT)
+        return {(r["pair_id"].lstrip("0") or "0", r["source"]): r for r in frame.collect()}
+
+    rows = found()
+    of = {key: row["use"] for key, row in rows.items()}
+    # A second source's judgement of a pair that was learnt, or is held out, does not let it in.
+    assert {of["1", name] for name in ("raters", "second", "third")} == {"model was trained on it"}
+    assert (of["2", "raters"], of["2", "second"]) == ("test", "kept for test by another source")
+    assert of["3", "second"] == of["0", "raters"] == "fit"
+    allowed = found(allow_train=True)
+    assert [allowed["1", name]["use"] for name in ("second", "third")] == ["test", "kept for test by another source"]
+    assert found(sources=("second",))["0", "raters"]["use"] == "source not asked for"
+    with pytest.raises(
+        ValueError, match=r"--gold-source nobody: gold has no such source \(there are: raters, second, "
+    ):
+        found(sources=("nobody",))
+    # One query is what the split takes for one, whatever its locale.
+    query = {key: row["query"] for key, row in rows.items()}
+    assert query["1", "raters"] == query["2", "raters"] != query["3", "second"] == query["4", "raters"]
+    # Raters count by their shares, or as their lower median, whatever single label stands beside them.
+    weights = {key: [row[f"w{y}"] for y in (4, 3, 2, 1)] for key, row in rows.items()}
+    assert weights["0", "raters"] == pytest.approx([2, 2, 0, 2])
+    assert weights["0", "single"] == [0, 0, 1, 0]
+    medians = found(raters="median")
+    assert [medians["0", "raters"][f"w{y}"] for y in (4, 3, 2, 1)] == [0, 6, 0, 0]
+    assert [medians[key]["label"] for key in (("0", "raters"), ("0", "single"), ("4", "raters"))] == [3, 2, 2]
+
+
+def test_a_source_that_uses_few_labels_is_named_however_few_judgements_it_has(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = spark.createDataFrame(
+        [("p", "binary", "fit", y) for y in (4, 1)] + [("p", "raters", "test", y) for y in (4, 3, 2, 1)],
+        "pair_id STRING, source STRING, use STRING, label INT",
+    )
+    assert job._told(spark, root, frame) == {"fit": 2, "test": 4, "pairs without a judgement": 0}
+    said = capsys.readouterr().out
+    assert "binary uses only labels 4, 1 of 4, 3, 2, 1; fitted on all the same: under 200 judgements do not" in said
+    assert "raters uses" not in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_version_is_put_into_force_and_taken_back_with_who_when_and_why(
     assert in_force(spark, root) is None
     assert promote(spark, root, 1, who="ada", reason="first") == 0
     assert promote(spark, root, 2, dry_run=True, gates=Gates(shift=1.0)) == 0
-    assert "20 of 20 pairs change their tier (100.00%)" in capsys.readouterr().out
+    assert "20 of 20 tiers change (100.00%), 0 of them are lost" in capsys.readouterr().out
     assert in_force(spark, root) == 1
     assert promote(spark, root, 2, who="bob") == 3
     assert "100.00% of the tiers would change, allowed 20.00%" in capsys.readouterr().out
@@ -76,79 +77,122 @@ def test_what_cannot_be_trusted_is_refused_with_a_sentence(
         with pytest.raises(ValueError, match=reason):
             promote(spark, root, version)
     assert promote(spark, root, 4) == 3
-    assert "100.00% of the pairs have no row of model another" in capsys.readouterr().out
+    assert "100.00% of the pairs would have no tier, allowed 1.00%: 20 have no row of model another" in (
+        capsys.readouterr().out
+    )
     fill(spark, root, "pairs", [pair(50, "new")])
-    assert promote(spark, root, 1) == 3
-    assert "4.76% of the pairs have no row" in capsys.readouterr().out
+    # A row that says why there is no probability gives no tier either.
     fill(spark, root, "label_probs", [scored(50, "new", None, run_id="r1")])
-    assert promote(spark, root, 1) == 3
-    assert "were scored with 'bfloat16, fake 2'" in capsys.readouterr().out
+    assert promote(spark, root, 1, Gates(engines=("bfloat16, fake 2",))) == 3
+    assert "4.76% of the pairs would have no tier, allowed 1.00%: 0 have no row" in capsys.readouterr().out
+    assert promote(spark, root, 1, Gates(missing=1.0)) == 3
+    said = capsys.readouterr().out
+    assert "were scored with 'bfloat16, fake 2'" in said
+    assert "--allow-engine 'bfloat16, fake 2'" in said
     assert in_force(spark, root) is None
+    # The way back after the engine was upgraded.
+    flags = ["--tables", root, "--version", "1", "--max-missing", "5%", "--by-whom", "ada", "--reason", "way back"]
+    assert job.main([*flags, "--allow-engine", "bfloat16, fake 2"]) == 0
+    (row,) = delta.read(spark, root, "thresholds").where("status = 'active' AND boundary = 4").collect()
+    assert row["reason"] == "way back (allowed beside the engines of the fit: bfloat16, fake 2)"
+
+
+def test_a_model_that_judges_nothing_is_refused_by_both_gates_and_takes_no_published_row_away(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored_tables(spark, root, [*cuts(1, LOW, "active"), *cuts(2, LOW, model_id="broken")])
+    fill(spark, root, "label_probs", [
+        scored(i, f"q {i % 5}", None, model_id="broken", outcome="engine_failed") for i in range(20)
+    ])  # fmt: skip
+    assert promote(spark, root, 2) == 3
+    said = capsys.readouterr().out
+    assert "20 of 20 tiers change (100.00%), 20 of them are lost" in said
+    assert "100.00% of the pairs would have no tier, allowed 1.00%: 0 have no row of model broken" in said
+    assert "And 100.00% of the tiers would change, allowed 20.00%" in said
+    assert in_force(spark, root) == 1
 
 
 def test_of_two_promoters_who_looked_at_the_same_version_one_wins_and_the_other_is_told(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored_tables(spark, root, [*cuts(1, LOW, "active"), *cuts(2, HIGH), *cuts(3, {"": (0.31, 0.3, 0.3)})])
+    scored_tables(spark, root, [*cuts(1, LOW), *cuts(2, HIGH), *cuts(3, {"": (0.31, 0.3, 0.3)})])
+
+    def race(seen: int | None) -> int:
+        """Versions 1 and 2 truly at once: both commits meet; returns which is in force then."""
+        gate, ended = threading.Barrier(2), Counter[str]()
+
+        def promoter(version: int) -> None:
+            gate.wait()
+            try:
+                swap(spark, root, seen, version, f"promoter {version}", None)
+                ended["won"] += 1
+            except RuntimeError as error:
+                ended["told" if "put into force meanwhile" in str(error) else str(error)] += 1
+
+        threads = [threading.Thread(target=promoter, args=(version,)) for version in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert ended == {"won": 1, "told": 1}
+        won = in_force(spark, root)
+        assert won in (1, 2)
+        return won
+
+    first = race(None)  # nothing is in force yet
     # After it looked and before it commits.
     looked = job.shifted
 
-    def slow(*args: Any) -> str | None:
+    def slow(*args: Any) -> list[str]:
         found = looked(*args)
-        swap(spark, root, 1, 3, "faster", None)
+        swap(spark, root, first, 3, "faster", None)
         return found
 
     monkeypatch.setattr(job, "shifted", slow)
     with pytest.raises(RuntimeError, match="another version was put into force meanwhile; nothing was written"):
-        promote(spark, root, 2, Gates(shift=1.0), "slower")
+        promote(spark, root, 3 - first, Gates(shift=1.0), "slower")
     assert in_force(spark, root) == 3
-    # Truly at once: both commits meet.
-    gate, ended = threading.Barrier(2), Counter[str]()
-
-    def race(version: int) -> None:
-        gate.wait()
-        try:
-            swap(spark, root, 3, version, f"promoter {version}", None)
-            ended["won"] += 1
-        except RuntimeError as error:
-            ended["told" if "put into force meanwhile" in str(error) else str(error)] += 1
-
-    threads = [threading.Thread(target=race, args=(version,)) for version in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert ended == {"won": 1, "told": 1}
-    assert in_force(spark, root) in (1, 2)
+    race(3)
 
 
 @pytest.mark.slow
 def test_each_read_sees_exactly_one_whole_version_in_every_commit(spark: SparkSession, root: str) -> None:
-    segments = {"": (0.3, 0.3, 0.3), "Kettles": (0.4, 0.4, 0.4)}
+    segments = {"": (0.3, 0.3, 0.3), "Kettles": (0.95, 0.95, 0.2)}
     scored_tables(spark, root, [*cuts(1, segments, "active", "category"), *cuts(2, HIGH, segment_by=None)])
     thresholds.register(spark, root)
-    stop, seen, torn = threading.Event(), Counter[tuple[int, ...]](), []
+    whole = {1: {4: 10, 2: 10}, 2: {3: 20}}  # pairs by tier
+    stop, seen, torn = threading.Event(), Counter[str](), []
 
-    def read() -> None:
+    def by_delta_rs() -> None:
+        rows = DeltaTable(f"{root}/thresholds").to_pyarrow_table(filters=[("status", "=", "active")]).to_pylist()
+        versions = {row["version"] for row in rows}
+        if versions not in ({1}, {2}) or len(rows) != {1: 6, 2: 3}[versions.pop()]:
+            torn.append(rows)
+
+    def by_the_view() -> None:
+        rows = spark.sql("SELECT version, tier, count(*) AS n FROM labels GROUP BY version, tier").collect()
+        versions = {row["version"] for row in rows}
+        if len(versions) != 1 or {row["tier"]: row["n"] for row in rows} != whole[versions.pop()]:
+            torn.append(rows)
+
+    def reading(read: Callable[[], None]) -> None:
         while not stop.is_set():
-            rows = DeltaTable(f"{root}/thresholds").to_pyarrow_table(filters=[("status", "=", "active")]).to_pylist()
-            versions = tuple(sorted({row["version"] for row in rows}))
-            seen[versions] += 1
-            if versions not in ((1,), (2,)) or len(rows) != {1: 6, 2: 3}[versions[0]]:
-                torn.append(rows)
+            read()
+            seen[read.__name__] += 1
 
-    reader = threading.Thread(target=read)
-    reader.start()
+    readers = [threading.Thread(target=reading, args=(read,)) for read in (by_delta_rs, by_the_view)]
+    for reader in readers:
+        reader.start()
     now = 1
     for _ in range(3):
         swap(spark, root, now, 3 - now, "a test", None)
         now = 3 - now
-        labels = spark.sql("SELECT version, tier, count(*) AS n FROM labels GROUP BY version, tier").collect()
-        assert [(r["version"], r["tier"], r["n"]) for r in labels] == [(now, 4 if now == 1 else 3, 20)]
+        by_the_view()
     stop.set()
-    reader.join()
+    for reader in readers:
+        reader.join()
     assert not torn
-    assert sum(seen.values()) > 3
+    assert min(seen["by_delta_rs"], seen["by_the_view"]) >= 3
     for version in range(delta.version(spark, root, "thresholds") + 1):
         rows = DeltaTable(f"{root}/thresholds", version=version).to_pyarrow_table().to_pylist()
         assert len({row["version"] for row in rows if row["status"] == "active"}) == (1 if rows else 0)

@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from jobs.promote_thresholds import swap
 from jobs.publish import document_id, export, main, publish
 from schemas import delta
-from tests.judged import cuts, fill, pair, pair_key, run, scored
+from tests.judged import MODEL, NOW, cuts, fill, pair, pair_key, run, scored
 
 P = [[0.9, 0.05, 0.05, 0.0], [0.5, 0.3, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.1, 0.9]]
 
@@ -29,7 +29,8 @@ def tables(spark: SparkSession, root: str) -> None:
 
 def feed(root: str, since: int) -> list[tuple[str, str, int]]:
     """What the index team sees after a version: (kind, pair_id, tier), without Spark."""
-    rows: Any = DeltaTable(f"{root}/published_labels").load_cdf(starting_version=since).read_all()
+    table = DeltaTable(f"{root}/published_labels")
+    rows: Any = table.load_cdf(starting_version=since, allow_out_of_range=True).read_all()
     kept = [r for r in pa.table(rows).to_pylist() if r["_change_type"] != "update_preimage"]
     return sorted((r["_change_type"], r["pair_id"], r["tier"]) for r in kept)
 
@@ -55,7 +56,32 @@ def test_only_pairs_whose_tier_changed_are_written_and_the_feed_tells_exactly_th
     changed = [k for k, r in kept.items() if r["tier_since_version"] == 2]
     expected = [("delete", pair_key(7), 1), *[("update_postimage", k, kept[k]["tier"]) for k in changed]]
     assert feed(root, at + 1) == sorted(expected)
+    assert feed(root, at + 2) == []  # who has applied all asks for what does not exist yet
     assert sorted(changed) == [pair_key(1), pair_key(5)]
+
+
+@pytest.mark.slow
+def test_a_second_publisher_is_refused_and_one_that_slips_through_is_not_undone(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables(spark, root)
+    merge = delta.sync
+
+    def meanwhile(*args: Any) -> dict[str, int]:
+        """Between the comparison of the first and its commit: a promotion, and another publisher's rows of it."""
+        monkeypatch.setattr(delta, "sync", merge)
+        with pytest.raises(ValueError, match=r"of publish .* is alive"):
+            publish(spark, root)
+        swap(spark, root, 1, 2, "a test", None)
+        row = {"product_id": "p 1", "locale": "en", "tier": 4, "tier_since_version": 2, "tier_since_model_id": MODEL}
+        fill(spark, root, "published_labels", [{"pair_id": pair_key(1), "query": "q 0", **row, "published_at": NOW}])
+        return merge(*args)
+
+    monkeypatch.setattr(delta, "sync", meanwhile)
+    assert publish(spark, root) == {"inserted": 7, "updated": 3, "deleted": 0}
+    kept = {r["pair_id"]: r["tier"] for r in delta.read(spark, root, "published_labels").collect()}
+    assert kept == {pair_key(i): [4, 4, 2, 1][i % 4] for i in range(8)}
+    assert publish(spark, root) == {"inserted": 0, "updated": 0, "deleted": 0}
 
 
 @pytest.mark.slow

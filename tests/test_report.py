@@ -6,6 +6,7 @@ import html
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -78,8 +79,12 @@ def written(spark: SparkSession, empty_tables: Path, tmp_path_factory: pytest.Te
     fill(spark, root, "pairs", [pair(900, HOSTILE, title=HOSTILE, category=HOSTILE)])
     fill(spark, root, "label_probs", [scored(900, HOSTILE, [0.999, 0.001, 0, 0])])
     fill(spark, root, "gold", [gold(900, 1)])
-    for rule in ("one", "boundary"):
-        wanted = Wanted(rule, None, Objective(), (), replicates=100, refits=10, temperature=rule == "boundary")
+    # Segments with names of a megabyte, which would come up in a table and a chart.
+    fill(spark, root, "pairs", [pair(i, "long", category=f"{i}{'x' * 2**20}") for i in (901, 902)])
+    fill(spark, root, "label_probs", [scored(i, "long", [0.4, 0.3, 0.2, 0.1]) for i in (901, 902)])
+    for rule, by in (("one", None), ("boundary", "category")):
+        wanted = Wanted(rule, by, Objective("recall", label=4), (), min_gold=60, replicates=30, refits=5)
+        wanted = replace(wanted, temperature=rule == "boundary")
         assert promote(spark, root, fit_thresholds(spark, root, wanted), Gates(shift=1.0), "a test") == 0
     out = Path(root).parent / "report.html"
     assert main(["--tables", root, "--out", str(out)]) == 0
@@ -91,7 +96,7 @@ def test_the_browser_shows_what_the_tables_hold(spark: SparkSession, written: tu
     page = Page(in_browser(out, out.parent / "profile"))
     assert page.title == "Thresholds, version 2"
     names = {"tiers", "compared-out_of_fold", "compared-test", "confusion", "curve", "calibration", "shift", "shift-by"}
-    names |= {"by-words"}
+    names |= {"by-words", "by-segment"}
     assert set(page.drawn) == names
     assert set(page.tables) == {"", *names, "disagreements"}
 
@@ -110,13 +115,21 @@ def test_the_browser_shows_what_the_tables_hold(spark: SparkSession, written: tu
     expected = {(r["cuts"], r["measure"]): (r["value"], r["low"], r["high"]) for r in rows.collect()}
     told = {(r[0], r[1]): tuple(map(float, r[2:])) for r in page.tables["compared-out_of_fold"][1:]}
     assert told == expected
-    assert {cuts for cuts, _ in told} == {"boundary", "one", "score", "argmax"}
+    assert {cuts for cuts, _ in told} == {"boundary_by_category", "boundary", "one", "score", "argmax"}
     assert len([label for label in page.charts["compared-out_of_fold"] if "value" in label]) >= len(expected)
 
-    shown_cuts = {row[0]: float(row[1]) for row in page.tables["curve"][1:]}
-    assert shown_cuts == {f"τ{r['boundary']}": r["tau"] for r in cut}
+    shown_cuts = {row[0]: tuple(map(float, row[1:4])) for row in page.tables["curve"][1:]}
+    assert shown_cuts == {
+        f"τ{r['boundary']}": (r["tau"], r["optimal_low"], r["optimal_high"]) for r in cut if not r["segment"]
+    }
+    assert any("recall" in label for label in page.charts["curve"])  # what was asked for is drawn
 
-    cells = figures.where("split = 'out_of_fold' AND cuts = 'boundary' AND measure LIKE 'confusion%'")
+    own = figures.where("split = 'out_of_fold' AND segment = 'Kettles' AND measure = 'macro_f1'").collect()
+    assert [row[:3] for row in page.tables["by-segment"][1:]] == [
+        [r["segment"], str(r["n"]), str(round(r["value"], 4))] for r in own
+    ]
+    cells = figures.where("split = 'out_of_fold' AND cuts = 'boundary_by_category' AND measure LIKE 'confusion%'")
+    cells = cells.where("segment = ''")
     total = cells.agg(F.sum("value")).collect()[0][0]
     assert sum(float(row[2]) for row in page.tables["confusion"][1:]) == pytest.approx(total, abs=0.02)
 
@@ -130,9 +143,9 @@ def test_the_page_is_one_small_file_that_needs_no_network(written: tuple[str, Pa
     assert len(text.encode()) < 5 * 2**20
     assert "default-src 'none'" in text
     without_scripts = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
-    assert not re.search(
-        r"<(script|link|img|iframe)|src=|href=|url\(", without_scripts.replace(html.escape(HOSTILE), "")
-    )
+    for hostile in (HOSTILE, HOSTILE[:59]):  # whole as a text, cut as the name of a segment
+        without_scripts = without_scripts.replace(html.escape(hostile), "")
+    assert not re.search(r"<(script|link|img|iframe)|src=|href=|url\(", without_scripts)
     assert HOSTILE not in text
 
 
