@@ -3,11 +3,11 @@
     python -m bench.stages --tables T --models demo-base DIR/sft DIR/dpo DIR/grpo [--split test] [--sampled PAIRS]
 
 Each model scores the pairs (`rescore`) and answers those of the split eight times (`sample`; with --sampled so many of
-them, the same for all models) where it has not done so yet; then all figures are read off the tables. Labels are
-arg-max of the scores. With the label first, pass@1 at temperature 1 is p(gold), read off the scores; beside it stands
-the unbiased estimate over the samples, which also tells how often label and chain are both right. Intervals are 95 %
-percentiles over 1,000 resamples of whole queries, since pairs of a query are not independent. Uniform guessing reaches
-pass@1 0.250 and pass@4 0.684.
+them, the same for all models) where it has not done so yet; then all figures are read off the tables, for pairs that
+all models have scored, and that all have answered. Labels are arg-max of the scores. With the label first, pass@1 at
+temperature 1 is p(gold), read off the scores; beside it stands the unbiased estimate over the samples, which also tells
+how often label and chain are both right. Intervals are 95 % percentiles over 1,000 resamples of whole queries, since
+pairs of a query are not independent. Uniform guessing reaches pass@1 0.250 and pass@4 0.684.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ from partitioner.measures import Floats
 from schemas import delta
 from schemas.labels import LABELS, NAMES, P_COLUMNS
 from udfs.model import inspect
+from udfs.prompt import load
 
 REPO = Path(__file__).resolve().parent.parent
 N = 8
 RESAMPLES = 1000
 BINS = 10  # of the calibration error
+Columns = dict[str, Any]
 PASSES = ("label 1", "label 4", "label and chain 1", "label and chain 4")  # what and k of PASS_AT_K
 
 
@@ -54,10 +57,8 @@ def main(argv: list[str]) -> int:
             continue
         spoken(["sample", "--tables", args.tables, "--model", model, "--split", args.split, "--n", str(N), *limit])
     spark = delta.session("stages")
-    measured = {}
-    for model in args.models:
-        found = rescore.model_folder(model) or rescore.registered_folder(spark, args.tables, model)
-        measured[Path(model).name] = read(spark, args.tables, inspect(found[0]).model_id, args.split)
+    read_off = [read(spark, args.tables, *identity(spark, args.tables, model), args.split) for model in args.models]
+    measured = dict(zip(named(args.models), common(read_off), strict=True))
     print(overall(measured))
     print()
     print(by_kind(measured))
@@ -69,19 +70,53 @@ def spoken(command: list[str]) -> None:
     subprocess.run([str(REPO / "spark-submit.sh"), *command], check=True, stdout=sys.stderr)  # noqa: S603
 
 
-def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str, np.ndarray]:
-    """Columns of equal length, a row a judged pair: query, gold, p [n, 4], and what its sampled answers came to (NaN
-    where it was not sampled).
+def identity(spark: SparkSession, root: str, name: str) -> tuple[str, str]:
+    """model_id and prompt_id of `--model NAME` with the prompt beside its weights."""
+    folder, _ = rescore.model_folder(name) or rescore.registered_folder(spark, root, name)
+    model = inspect(folder)
+    if model.prompt_file is None:
+        raise ValueError(f"{folder} has no prompt.json beside its weights; copy the one that it is asked with there")
+    return model.model_id, load(model.prompt_file, model.tokenizer_json, model.vocab_size).prompt_id
+
+
+def named(models: Sequence[str]) -> list[str]:
+    """A column's name for each model: its folder's, or the whole path where two folders are called alike."""
+    short = [Path(model).name for model in models]
+    return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
+
+
+def common(measured: Sequence[Columns]) -> list[Columns]:
+    """The rows of pairs that all models have scored, and the answers to those that all have answered.
+
+    Raises ValueError where there is no such pair.
     """
+    pairs = reduce(np.intersect1d, (rows["pair_id"] for rows in measured))
+    if not len(pairs):
+        raise ValueError("there is no pair that all of the models have scored; are they all of one split?")
+    kept = []
+    for rows in measured:
+        mine = np.isin(rows["pair_id"], pairs)
+        kept.append({name: column[mine] for name, column in rows.items()})
+    unanswered = reduce(np.logical_or, (np.isnan(rows["agrees"]) for rows in kept))
+    for rows in kept:
+        rows |= {name: np.where(unanswered, np.nan, rows[name]) for name in ("agrees", *PASSES)}
+    return kept
+
+
+def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: str) -> Columns:
+    """Columns of equal length, a row a judged pair by pair_id: query, gold, p [n, 4], and what its sampled answers came
+    to (NaN where it was not sampled).
+    """
+    mine = (F.col("model_id") == model_id) & (F.col("prompt_id") == prompt_id)
     kinds = demo.catalogue.query_kinds()
     gold = (
         delta.read(spark, root, "gold").where(F.col("split") == split).select("pair_id", F.col("label").alias("gold"))
     )
-    scores = delta.read(spark, root, "label_probs").where(
-        (F.col("model_id") == model_id) & (F.col("outcome") == "scored")
-    )
-    samples = delta.read(spark, root, "samples").where((F.col("model_id") == model_id) & (F.col("split") == split))
-    samples = samples.where(F.col("run_id") == samples.agg(F.max("run_id")).collect()[0][0])
+    scores = delta.read(spark, root, "label_probs").where(mine & (F.col("outcome") == "scored"))
+    samples = delta.read(spark, root, "samples").where(mine & (F.col("split") == split) & (F.col("temperature") == 1))
+    # Other runs may have drawn another number of answers.
+    drawn = samples.groupBy("run_id").agg((F.max("sample") + 1).alias("n")).where(F.col("n") == N)
+    samples = samples.where(F.col("run_id") == drawn.agg(F.max("run_id")).collect()[0][0])
     agrees = samples.groupBy("pair_id").agg(F.avg(F.col("agrees").cast("int")).alias("agrees"))
     passes = spark.sql(PASS_AT_K.replace("FROM samples", "FROM {samples}"), samples=samples)
     passes = passes.withColumn("way", F.concat("what", F.lit(" "), "k"))
@@ -93,6 +128,7 @@ def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str,
     p = np.array([[row[name] for name in P_COLUMNS] for row in rows])
     inside = 1 - np.array([row["p_outside"] for row in rows])
     return {
+        "pair_id": np.array([row["pair_id"] for row in rows]),
         "query": np.array([row["query"] for row in rows]),
         "gold": np.array([row["gold"] for row in rows]),
         **{name: np.array([row[name] for row in rows], dtype=float) for name in ("agrees", *PASSES)},
@@ -103,9 +139,6 @@ def read(spark: SparkSession, root: str, model_id: str, split: str) -> dict[str,
     }
 
 
-Columns = dict[str, Any]
-
-
 def confusion(rows: Columns) -> Floats:
     """Confusion matrix [label, arg-max]."""
     gold = (rows["gold"][:, None] == np.array(LABELS)).astype(np.float64)
@@ -113,8 +146,8 @@ def confusion(rows: Columns) -> Floats:
 
 
 def said(rows: Columns) -> np.ndarray:
-    """The likeliest label of each pair."""
-    return np.asarray(np.array(LABELS)[rows["p"].argmax(axis=1)])
+    """The label given to each pair: the likeliest one, where `rows` does not hold another choice as `said`."""
+    return np.asarray(rows["said"] if "said" in rows else np.array(LABELS)[rows["p"].argmax(axis=1)])
 
 
 def ece(rows: Columns) -> float:
@@ -166,20 +199,24 @@ def interval(rows: Columns, measure: Callable[[Columns], float], seed: int = 0) 
 
 
 def overall(measured: dict[str, Columns]) -> str:
-    """A Markdown table: a row a measure, a column a model, intervals in brackets."""
+    """A Markdown table of all measures, and how many pairs were sampled."""
+    cells = [f"{(~np.isnan(rows['agrees'])).sum():,} of {len(rows['gold']):,}" for rows in measured.values()]
+    return "\n".join([*table(measured, MEASURES), "| pairs sampled | " + " | ".join(cells) + " |"])
+
+
+def table(measured: dict[str, Columns], wanted: dict[str, Callable[[Columns], float]]) -> list[str]:
+    """Lines of a Markdown table: a row a measure, a column a model, intervals in brackets."""
     lines = ["| | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
-    for name, measure in MEASURES.items():
+    for name, measure in wanted.items():
         cells = []
         for rows in measured.values():
             if np.isnan(found := measure(rows)):
-                cells.append("–")  # nothing was sampled
+                cells.append("–")  # nothing was sampled, or no pair has or was given this label
                 continue
             low, high = interval(rows, measure)
             cells.append(f"{found:.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    cells = [f"{(~np.isnan(rows['agrees'])).sum():,} of {len(rows['gold']):,}" for rows in measured.values()]
-    lines.append("| pairs sampled | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines
 
 
 def by_kind(measured: dict[str, Columns]) -> str:

@@ -23,6 +23,7 @@ from jobs.rescore import Scoring, Waves, add_scoring_flags, likeliest, opened, r
 from schemas import delta, runs
 from schemas.labels import LABELS, NAMES
 from schemas.tables import EXPLANATIONS
+from udfs import adapter
 from udfs.answer import Form, form
 from udfs.engine import Sampling
 from udfs.render import rendered
@@ -66,6 +67,7 @@ def explain(
 
     Raises ValueError for a query that cannot be run, and where none of the selected pairs can be explained.
     """
+    adapter.refuse_chain_first(what.model.path)
     refuse_foreign_prompt(spark, root, what)
     made = form(what.model, what.prompt)
     selected = chosen(spark, root, pairs, limit)

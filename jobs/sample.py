@@ -27,6 +27,7 @@ from schemas import delta, gold, runs
 from schemas.canonical import SPLITS
 from schemas.labels import LABELS, NAMES
 from schemas.tables import SAMPLES
+from udfs import adapter
 from udfs.answer import ORDERS, Form, form
 from udfs.engine import Sampling
 from udfs.render import rendered
@@ -108,7 +109,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="below 1 the sampler sorts the vocabulary: half speed")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, its end included (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other answers")
-    parser.add_argument("--order", default="post", choices=ORDERS, help="post: label, then chain; pre: chain first")
+    parser.add_argument(
+        "--order", choices=ORDERS, help="post: label, then chain; pre: chain first (default: as it was taught, or post)"
+    )
 
 
 def drawing(args: argparse.Namespace, folder: str, stage: str) -> tuple[Scoring, Form, Sampling]:
@@ -121,8 +124,16 @@ def sampling(args: argparse.Namespace, what: Scoring) -> tuple[Form, Sampling]:
     """The answers' form and how they are drawn. Raises ValueError with a sentence."""
     asked = Sampling(args.max_tokens, (), args.n, args.temperature, args.top_p, args.seed)
     refuse_wrong_draw(asked, what)
-    made = form(what.model, what.prompt, args.order)
+    made = form(what.model, what.prompt, order(args.order, what.model.path))
     return made, dataclasses.replace(asked, end_ids=made.end_ids)
+
+
+def order(asked: str | None, folder: str) -> str:
+    """The order in which a model answers. Raises ValueError where it was taught another than the one asked for."""
+    taught = adapter.recipe(folder).get("order")
+    if taught and asked not in (None, taught):
+        raise ValueError(f"--order {asked}: {folder} was taught --order {taught}; leave --order away")
+    return asked or taught or "post"
 
 
 def refuse_wrong_draw(asked: Sampling, what: Scoring) -> None:
@@ -196,8 +207,11 @@ class Draw(Waves):
     def missing(self, source: str | None, limit: int | None) -> DataFrame:
         """Draws what is not there yet; returns the chosen pairs (pair_id, gold)."""
         started = time.monotonic()
-        judged = gold.judged(self.spark, self.root, self.split, source)
-        chosen = judged.where("label IS NOT NULL").withColumnRenamed("label", "gold")
+        if self.split == "train":
+            judged = gold.learnt_from(self.spark, self.root, source)
+        else:
+            judged = gold.judged(self.spark, self.root, self.split, source).where("label IS NOT NULL")
+        chosen = judged.withColumnRenamed("label", "gold")
         if limit is not None:
             chosen = chosen.orderBy(F.xxhash64("pair_id"), "pair_id").limit(limit)
         chosen = chosen.localCheckpoint()

@@ -23,7 +23,7 @@ from udfs.render import rendered
 
 JOB = "train_dpo"
 LISTED = 10  # all-wrong pairs that are printed
-NEVER_RIGHT = "SELECT run_id, pair_id FROM samples GROUP BY run_id, pair_id HAVING NOT bool_or(correct)"
+NEVER_RIGHT = "SELECT pair_id FROM samples WHERE run_id = '{}' GROUP BY pair_id HAVING NOT bool_or(correct)"
 
 
 def main(argv: list[str]) -> int:
@@ -65,13 +65,9 @@ def main(argv: list[str]) -> int:
 
 
 def samples(spark: SparkSession, args: argparse.Namespace, lesson: train_sft.Lesson, pairs: DataFrame) -> DataFrame:
-    """The parent's answers to the present text of `pairs`, of its newest run. Raises ValueError without any."""
-    asked = delta.read(spark, args.tables, "samples").where(
-        (F.col("model_id") == lesson.parent.model_id) & (F.col("prompt_id") == lesson.prompt.prompt_id)
-    )
-    newest = asked.agg(F.max("run_id")).collect()[0][0]
-    found = asked.where(F.col("run_id") == newest).join(pairs, ["pair_id", "content_hash"], how="left_semi")
-    if newest is None or found.isEmpty():
+    """The parent's answers that there is something to learn from. Raises ValueError without any."""
+    found = train_sft.answered(spark, args, lesson, pairs)
+    if found.isEmpty():
         raise ValueError(
             f"model {lesson.parent.model_id} has not answered any train pair yet; ask it: sample --tables "
             f"{args.tables} --model {args.model} --split train"
@@ -151,4 +147,6 @@ def tell(spark: SparkSession, args: argparse.Namespace, answers: DataFrame, chos
     for row in never.orderBy(F.xxhash64("pair_id")).limit(LISTED).collect():
         print(f"{JOB}:   never right: {row['gold']} {row['query'][:60]!r} and {row['title'][:60]!r}")
     if total := sum(row["all_wrong"] for row in sides):
-        print(f"{JOB}: {total:,} pairs were never right; list them: {NEVER_RIGHT}", flush=True)
+        # A run is of one model, prompt and split.
+        (run,) = answers.select("run_id").distinct().collect()
+        print(f"{JOB}: {total:,} pairs were never right; list them: {NEVER_RIGHT.format(run[0])}", flush=True)

@@ -62,9 +62,8 @@ def main(argv: list[str]) -> int:
         uniform=args.sampling == "uniform",
     )
     pairs = train_sft.train_pairs(spark, args)
-    asked = delta.read(spark, args.tables, "samples").where(
-        (F.col("model_id") == lesson.parent.model_id) & (F.col("prompt_id") == lesson.prompt.prompt_id)
-    )
+    # A pass rate is that of the policy as it is, at temperature 1; runs at others say nothing about it.
+    asked = train_sft.answered(spark, args, lesson, pairs, "temperature = 1")
     rates = asked.groupBy("pair_id", "content_hash").agg(F.avg(F.col("correct").cast("double")).alias("rate"))
     prompts = rendered(pairs, lesson.prompt).select("pair_id", "content_hash", "ids", "group_tokens")
     rows = (
@@ -78,6 +77,11 @@ def main(argv: list[str]) -> int:
     if not data:
         raise ValueError(f"there is no judged train pair in {args.tables}; bring some: ingest --pairs FILE")
     known = sum(row["rate"] is not None for row in data)
+    if not known and lesson.form.order == "pre" and not how.uniform:
+        raise ValueError(
+            f"{args.model} answers chain first, so pass rates come from its samples alone, and there are none; draw "
+            f"some (sample --tables {args.tables} --model {args.model}), or all pairs alike (--sampling uniform)"
+        )
     print(f"{JOB}: {len(data):,} train pairs, {known:,} with sampled answers of this model", flush=True)
     train_sft.train(spark, args, lesson, how, data, form=lesson.form)
     return 0

@@ -1,10 +1,11 @@
 """Supervised fine-tuning on chains of reasoning: the first stage of a model (TaoSR1, section 3.1).
 
-train_sft --tables T --model BASE --out DIR [--order pre]
+train_sft --tables T --model BASE --out DIR [--order pre | --labels-only]
 
 Teaches `label, then chain` (post-CoT) with the kept chains of the table `chains`, pairs of the train split alone; what
-it makes lies in DIR and is registered in `models`. `--order pre` teaches `chain, then label`, to compare with. Killed,
-the same command goes on from its last checkpoint. BASE is demo-base, a folder, or a registered model_id.
+it makes lies in DIR and is registered in `models`. `--order pre` teaches `chain, then label`, to compare with;
+`--labels-only` the label and the end, from all judged train pairs. Killed, the same command goes on from its last
+checkpoint. BASE is demo-base, a folder, or a registered model_id.
 """
 
 from __future__ import annotations
@@ -103,31 +104,47 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_training_flags(parser, learning_rate=5e-4, epochs=3)
     parser.add_argument("--order", choices=answer.ORDERS, default="post", help="post: label, then chain")
+    parser.add_argument("--labels-only", action="store_true", help="teach the label alone; no chains are needed")
     parser.add_argument("--label-weight", type=float, default=4.0, help="of a label, a chain token has 1")
+    parser.add_argument(
+        "--balance",
+        type=float,
+        default=0.0,
+        metavar="POWER",
+        help="rarer labels weigh more, by (mean count / own count) to this power; 1: all labels alike (default 0: off)",
+    )
     args = parser.parse_args(argv)
+    if args.labels_only and args.order == "pre":
+        raise ValueError("--labels-only teaches no chain that --order pre could put first; leave one of the two away")
+    if not 0 <= args.balance <= 1:
+        raise ValueError(f"--balance {args.balance}: allowed is 0 (off) to 1 (all labels weigh alike)")
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     lesson = read_lesson(spark, args, args.order)
-    how = settings(args, lesson, "sft", label_weight=args.label_weight)
+    how = settings(args, lesson, "sft", label_weight=args.label_weight, balance=args.balance)
     pairs = train_pairs(spark, args)
-    taught = delta.read(spark, args.tables, "chains").where("kept")
-    chains = (
-        pairs.join(taught, ["pair_id", "label", "content_hash"], how="inner")
-        .groupBy("pair_id", "label")
-        .agg(F.min_by("chain", "teacher").alias("chain"))
-    )
+    chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"))
+    if not args.labels_only:
+        taught = delta.read(spark, args.tables, "chains").where("kept")
+        chains = (
+            pairs.join(taught, ["pair_id", "label", "content_hash"], how="inner")
+            .groupBy("pair_id", "label")
+            .agg(F.min_by("chain", "teacher").alias("chain"))
+        )
     prompts = rendered(pairs.join(chains, "pair_id", how="left_semi"), lesson.prompt)
     rows = prompts.join(chains, "pair_id", how="inner").orderBy("ids", "pair_id")
     data = [
         parts(row) | {"answer": lesson.form.target(row["label"], row["chain"])}
         for row in rows.select("pair_id", "ids", "group_tokens", "label", "chain").toArrow().to_pylist()
     ]
+    if not data and args.labels_only:
+        raise ValueError(f"there is no judged train pair in {args.tables}; bring some: ingest --pairs FILE")
     if not data:
         raise ValueError(
             f"no train pair in {args.tables} has a kept chain; bring some: write_chains --tables {args.tables} "
-            "--chains FILE"
+            "--chains FILE, or teach the labels alone: --labels-only"
         )
-    print(f"{JOB}: {len(data):,} train pairs with a kept chain", flush=True)
+    print(f"{JOB}: {len(data):,} train pairs{'' if args.labels_only else ' with a kept chain'}", flush=True)
     train(spark, args, lesson, how, data, label_at=-2 if args.order == "pre" else 0)
     return 0
 
@@ -156,7 +173,8 @@ def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None
     return Lesson(
         parent=parent,
         base=base,
-        base_name=recipe["base"] if is_adapter else args.model,
+        # By its folder, also where it was named by its model_id: whoever merges an adapter has no tables to ask.
+        base_name=recipe["base"] if is_adapter else named_base(args.model, folder),
         base_hash=(recipe.get("base_hash") or weights_hash(base)) if is_adapter else parent.weights_hash,
         adapter=folder if is_adapter else None,
         prompt=prompt,
@@ -166,23 +184,32 @@ def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None
     )
 
 
-def train_pairs(spark: SparkSession, args: argparse.Namespace) -> DataFrame:
-    """Judged pairs of the train split with their label, limited to `--limit` pairs of whole queries.
+def named_base(name: str, folder: str) -> str:
+    """What a recipe calls a whole model: demo-base, which is built anywhere, or its absolute folder."""
+    return name if name == "demo-base" else str(Path(folder).absolute())
 
-    Raises ValueError where a query of theirs is held out (dev or test) under another locale, source or spelling: what a
-    stage has seen cannot be reported on.
-    """
-    pairs = gold.judged(spark, args.tables, "train", args.source).where("label IS NOT NULL")
-    if leaks := gold.leaked(spark, args.tables, pairs):
-        raise ValueError(
-            f"queries of the train split are also in dev or test, such as {leaks[0]!r}; give all pairs of a query one "
-            "split (ingest does so where the input names none)"
-        )
+
+def train_pairs(spark: SparkSession, args: argparse.Namespace) -> DataFrame:
+    """Judged pairs of the train split with their label, limited to `--limit` pairs of whole queries."""
+    pairs = gold.learnt_from(spark, args.tables, args.source)
     if args.limit is None:
         return pairs
     # Whole queries in the order of a hash, so that a smaller limit takes a subset of a larger one.
     order = Window.orderBy(F.xxhash64(F.lower("query")), "query", "pair_id")
     return pairs.withColumn("place", F.row_number().over(order)).where(F.col("place") <= args.limit).drop("place")
+
+
+def answered(
+    spark: SparkSession, args: argparse.Namespace, lesson: Lesson, pairs: DataFrame, where: str = "true"
+) -> DataFrame:
+    """The parent's sampled answers to the present text of train `pairs`, of the newest run that has any."""
+    asked = delta.read(spark, args.tables, "samples").where(
+        (F.col("model_id") == lesson.parent.model_id)
+        & (F.col("prompt_id") == lesson.prompt.prompt_id)
+        & (F.col("split") == "train")
+    )
+    mine = asked.where(where).join(pairs, ["pair_id", "content_hash"], how="left_semi")
+    return mine.where(F.col("run_id") == mine.agg(F.max("run_id")).collect()[0][0])
 
 
 def parts(row: dict[str, Any]) -> dict[str, Any]:

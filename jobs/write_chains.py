@@ -45,7 +45,10 @@ POOL = 100_000  # judged pairs that neighbours are looked for among; TF-IDF of s
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    # In full only: `--teacher MODEL` would be taken for --teacher-prompt.
+    parser = argparse.ArgumentParser(
+        prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
     )
@@ -157,7 +160,7 @@ class Chains:
         good = good.dropDuplicates(["pair_id"]).select(
             "pair_id", F.col("label").alias("written_for"), "chain", F.lit(True).alias("finished")
         )
-        pairs = gold.judged(self.spark, self.root, "train", self.source).where("label IS NOT NULL")
+        pairs = gold.learnt_from(self.spark, self.root, self.source)
         judged = self.judged(good.join(pairs.select("pair_id", "label", "content_hash"), "pair_id", how="inner"))
         write(self.spark, self.root, judged, FILE, self.run.run_id, self.now)
         quarantined = rows.refused + rows.refused_files + (torn.count() if torn is not None else 0)
@@ -212,7 +215,7 @@ class Lesson(Waves):
     def write_missing(self, source: str | None, limit: int | None, again: bool) -> DataFrame:
         """Asks for the chains that are not there yet; returns the chosen pairs (pair_id)."""
         started = time.monotonic()
-        judged = gold.judged(self.spark, self.root, "train", source).where("label IS NOT NULL")
+        judged = gold.learnt_from(self.spark, self.root, source)
         ordered = judged.orderBy(F.xxhash64("pair_id"), "pair_id")
         pool = ordered.limit(POOL).localCheckpoint()
         chosen = (judged if limit is None else ordered.limit(limit)).localCheckpoint()

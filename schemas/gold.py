@@ -27,6 +27,21 @@ def judged(spark: SparkSession, root: str, split: str, source: str | None = None
     return delta.read(spark, root, "pairs").join(labels, "pair_id", how="inner")
 
 
+def learnt_from(spark: SparkSession, root: str, source: str | None = None) -> DataFrame:
+    """Judged pairs of the train split, those without a label left out.
+
+    Raises ValueError where a query of theirs is held out (dev or test) under another locale, source or spelling: what a
+    stage of training has seen, were it only as a neighbour, cannot be reported on.
+    """
+    pairs = judged(spark, root, "train", source).where("label IS NOT NULL")
+    if leaks := leaked(spark, root, pairs):
+        raise ValueError(
+            f"queries of the train split are also in dev or test, such as {leaks[0]!r}; give all pairs of a query one "
+            "split (ingest does so where the input names none)"
+        )
+    return pairs
+
+
 def leaked(spark: SparkSession, root: str, pairs: DataFrame) -> list[str]:
     """Queries of `pairs` (normalised, up to five) that any source holds out, under whatever product or locale."""
     held_out = delta.read(spark, root, "gold").where("split <> 'train'").select("pair_id")

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import demo.model
+from tests.conftest import REPO
 from tests.models import tiny_model
 from udfs import adapter
 from udfs.model import inspect, weights_hash
+from udfs.prompt import load
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("base") / "model")
+
+
+def test_the_shipped_adapter_is_small_whole_and_that_of_its_base_and_prompt() -> None:
+    folder = REPO / "demo" / "adapter"
+    assert sum(file.stat().st_size for file in folder.glob("adapter*")) <= 20 << 20
+    with open(folder / adapter.WEIGHTS, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    assert sha256 in (folder / "README.md").read_text()
+    told = adapter.recipe(str(folder))
+    base = inspect(str(demo.model.demo_model()))
+    prompt = load(str(folder / "prompt.json"), base.tokenizer_json, base.vocab_size)
+    assert (told["base"], told["base_hash"], told["prompt_id"]) == ("demo-base", base.weights_hash, prompt.prompt_id)
+    assert (told["stage"], told["order"], len(told["merged_hash"])) == ("grpo", "post", 64)
 
 
 def adapted(base: Path, folder: Path, **changes: Any) -> Any:

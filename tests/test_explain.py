@@ -14,6 +14,7 @@ from schemas.labels import LABELS, P_COLUMNS
 from tests import test_rescore
 from tests.engines import answer_form, written
 from tests.test_rescore import PRODUCTS, QUERIES, put
+from udfs import adapter
 from udfs.answer import conclusion
 from udfs.engine import Sampling
 from udfs.model import Model
@@ -89,6 +90,14 @@ def test_pairs_that_nobody_scored_are_refused_with_the_command_that_mends_it(
     (run,) = delta.read(spark, root, "runs").where("job = 'explain'").collect()
     assert run["status"] == "failed"
     assert delta.read(spark, root, "explanations").isEmpty()
+
+
+def test_a_model_that_answers_chain_first_has_no_scores_to_explain(
+    spark: SparkSession, root: str, what: rescore.Scoring
+) -> None:
+    adapter.write_recipe(what.model.path, {"order": "pre"})
+    with pytest.raises(ValueError, match=r"was taught --order pre.*ask it for whole answers \(sample\)"):
+        explain(spark, root, what, KETTLES)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from jobs import rescore, sample
 from schemas import delta
 from tests.engines import answer_form, logprobs, written
 from tests.test_rescore import PRODUCTS, QUERIES, put, scoring
+from udfs import adapter
 from udfs.answer import conclusion
 from udfs.engine import Sampling
 from udfs.prompt import Renderer
@@ -238,6 +239,15 @@ def test_a_wrong_way_of_drawing_is_refused_with_what_is_allowed(flags: list[str]
     sample.add_sampling_flags(parser)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         sample.sampling(parser.parse_args(flags), scoring())
+
+
+def test_a_model_is_asked_in_the_order_that_it_was_taught(tmp_path: Path) -> None:
+    assert sample.order(None, str(tmp_path)) == "post"
+    assert sample.order("pre", str(tmp_path)) == "pre"
+    adapter.write_recipe(str(tmp_path), {"order": "pre"})
+    assert sample.order(None, str(tmp_path)) == sample.order("pre", str(tmp_path)) == "pre"
+    with pytest.raises(ValueError, match=r"--order post: .* was taught --order pre"):
+        sample.order("post", str(tmp_path))
 
 
 def test_no_judged_pairs_is_an_error_that_names_the_command(spark: SparkSession, root: str) -> None:

@@ -5,12 +5,14 @@ The rule: a product is one of four colours, and the colour decides the label. Th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,33 +245,77 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
     assert steps[0] == steps[1]
 
 
-def cut_short(out: Path, checkpoints: int) -> Path:
-    """A copy of a training's folder, as if it was killed before its last so many checkpoints, or after all of them."""
+@pytest.mark.slow
+@pytest.mark.usefixtures("spark")
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_two_processes_train_one_model_and_end_together(
+    answers: Form, taught: Path, tmp_path: Path, stage: str
+) -> None:
+    rows = lessons(answers)
+    how = settings(taught, tmp_path / stage, stage, full=False, epochs=2, learning_rate=1e-3)
+    more: dict[str, Any] = {"label_at": 0}
+    if stage == "grpo":
+        rows = [{**row, "label": LABELS[n % 4], "rate": 0.5} for n, row in enumerate(rows)]
+        how = dataclasses.replace(how, steps=9, groups=2, group=4, max_tokens=12, generated_tokens=300)
+        more = {"form": answers}
+    train.land(how, rows)
+    train.launch(how, 2, **more)
+    train.leave(how, "tiny", how.base)
+    told = [entry for entry in log(tmp_path / stage) if "loss" in entry]
+    assert [entry["step"] for entry in told] == list(range(1, len(told) + 1))  # one process writes the log
+    assert weights_hash(str(tmp_path / stage))
+    if stage == "grpo":
+        spent = [entry["generated_tokens"] for entry in told]
+        assert spent[-2] < 300 <= spent[-1]
+
+
+def test_rarer_labels_weigh_more_by_the_power_that_is_asked_for(base: Path, tmp_path: Path) -> None:
+    def weights(balance: float) -> dict[int, float]:
+        return train.label_weights([4] * 8 + [3] * 2 + [2] * 2, settings(base, tmp_path, balance=balance))
+
+    assert weights(0.0) == {4: 4, 3: 4, 2: 4}
+    assert weights(1.0) == pytest.approx({4: 2, 3: 8, 2: 8})
+    assert weights(0.5) == pytest.approx({4: 8**0.5, 3: 32**0.5, 2: 32**0.5})
+
+
+def cut_short(out: Path, checkpoints: int, left: Sequence[str] = ()) -> Path:
+    """A copy of a training's folder, as if it was killed before its last so many checkpoints, or after all of them.
+
+    `left`: files, truncated, that a kill left of the first checkpoint that it cut.
+    """
     cut = Path(shutil.copytree(out, out.with_name(f"cut {checkpoints}")))
-    for file in ("plan.json", "model.safetensors"):
-        (cut / file).unlink()
+    for file in cut.glob("*.safetensors"):
+        file.unlink()
+    (cut / "plan.json").unlink()
     saved = sorted((cut / "checkpoints").glob("checkpoint-*"), key=lambda c: int(c.name.rsplit("-")[1]))
-    for checkpoint in saved[len(saved) - checkpoints :]:
+    for number, checkpoint in enumerate(saved[len(saved) - checkpoints :]):
+        kept = {name: (checkpoint / name).read_bytes() for name in left if number == 0}
         shutil.rmtree(checkpoint)
+        for name, content in kept.items():
+            checkpoint.mkdir(exist_ok=True)
+            (checkpoint / name).write_bytes(content[: len(content) // 2])
     return cut
 
 
+@pytest.mark.parametrize("full", [True, False], ids=["full", "adapter"])
 def test_a_dpo_that_goes_on_from_its_checkpoint_ends_with_the_same_weights(
-    answers: Form, taught: Path, tmp_path: Path
+    answers: Form, taught: Path, tmp_path: Path, full: bool
 ) -> None:
     def ended(out: Path) -> list[float]:
-        run(settings(taught, out, "dpo", epochs=2, learning_rate=5e-4, checkpoint_every=5), preferred(answers))
+        how = settings(taught, out, "dpo", full=full, epochs=2, learning_rate=5e-4, checkpoint_every=5)
+        run(how, preferred(answers))
         return [entry["step"] for entry in log(out) if "rewards/margins" in entry]
 
     whole = ended(tmp_path / "whole")
-    cut = cut_short(tmp_path / "whole", 1)
-    assert ended(cut) == whole
-    assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))
+    for checkpoints in (1, 0):
+        cut = cut_short(tmp_path / "whole", checkpoints, ["optimizer.pt", "trainer_state.json"])
+        assert ended(cut) == whole
+        assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("every", [2, 1])
+@pytest.mark.parametrize(("every", "full"), [(2, True), (1, True), (2, False)])
 def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
-    answers: Form, taught: Path, tmp_path: Path, every: int
+    answers: Form, taught: Path, tmp_path: Path, every: int, full: bool
 ) -> None:
     rows = [
         {"pair_id": str(n), "root": root_of(n, LABELS[n % 4]), "rest": list(QUERY), "label": LABELS[n % 4], "rate": 0.5}
@@ -281,6 +327,7 @@ def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
             taught,
             out,
             "grpo",
+            full=full,
             steps=30,
             groups=2,
             group=4,
@@ -294,9 +341,26 @@ def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
     whole = ended(tmp_path / "whole")
     assert whole[-2][1] < 400 <= whole[-1][1] < 400 + 2 * 4 * 12
     for checkpoints in (1, 0):
-        cut = cut_short(tmp_path / "whole", checkpoints)
+        cut = cut_short(tmp_path / "whole", checkpoints, ["difficulty.npy"])
         assert ended(cut) == whole
         assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "difficulty.npy"])
+def test_the_newest_checkpoint_that_was_written_to_its_end_is_gone_on_from(tmp_path: Path, name: str) -> None:
+    how = settings(tmp_path, tmp_path, "grpo")
+    assert train._last_checkpoint(how) is None
+    for step in (9, 10):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text('{"global_step": 1}')
+        np.save(folder / "difficulty.npy", np.ones(3))
+    assert train._last_checkpoint(how) == str(folder)
+    for content in ((folder / name).read_bytes()[:9], b""):
+        (folder / name).write_bytes(content)
+        assert train._last_checkpoint(how) == str(folder.with_name("checkpoint-9"))
+    (folder / name).unlink()
+    assert train._last_checkpoint(how) == str(folder.with_name("checkpoint-9"))
 
 
 def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Form, tmp_path: Path) -> None:

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import ingest, rescore, train_dpo, train_grpo, train_sft, write_chains
+from jobs import ingest, rescore, sample, train_dpo, train_grpo, train_sft, write_chains
 from schemas import delta
 from schemas.labels import NAMES
+from tests.engines import load_fake
 from tests.models import tiny_model
 from tests.test_ingest import jsonl, pair
 from udfs import adapter
-from udfs.model import inspect
+from udfs.answer import form
+from udfs.engine import EngineSettings, Sampling
+from udfs.model import Model, inspect
+from udfs.prompt import load
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +27,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_model(tmp_path_factory.mktemp("base") / "model"))
 
 
-def taught(root: str, folder: Path, **fields: Any) -> None:
-    """Twelve judged pairs, eight of them of the train split, with chains for all."""
+def told(root: str, folder: Path) -> None:
+    """Twelve judged pairs, eight of them of the train split."""
     rows = [pair(n, label=1 + n % 4, split="train" if n < 8 else "dev" if n < 10 else "test") for n in range(12)]
     ingest.main(["--tables", root, "--pairs", str(jsonl(folder / "pairs.jsonl", *rows)), "--source", "raters"])
+
+
+def taught(root: str, folder: Path) -> None:
+    """The judged pairs, with chains for all."""
+    told(root, folder)
     chains = [
         {"query": f"query {n}", "product_id": f"p{n}", "label": 1 + n % 4, "chain": f"Seen. So {NAMES[1 + n % 4]}."}
         for n in range(12)
@@ -34,10 +43,28 @@ def taught(root: str, folder: Path, **fields: Any) -> None:
     write_chains.main(["--tables", root, "--chains", str(jsonl(folder / "chains.jsonl", *chains))])
 
 
+LEAK = "also in dev or test, such as 'query 3'"
+
+
+def leaking(root: str, folder: Path) -> None:
+    """A train query judged once more, in another spelling and locale, as one of test."""
+    again = pair(70, label=4, split="test") | {"query": "QUERY  3", "locale": "de"}
+    ingest.main(["--tables", root, "--pairs", str(jsonl(folder / "more.jsonl", again))])
+
+
+def answered(spark: SparkSession, root: str, model: Model) -> None:
+    """Sixteen answers to each train pair, from an engine that needs no model, in this model's name."""
+    prompt = load(str(model.prompt_file), model.tokenizer_json, model.vocab_size)
+    what = rescore.Scoring(model, "sft", prompt, EngineSettings(model=model.path, max_model_len=512), load_fake)
+    made = form(model, prompt)
+    sample.sample(spark, root, what, made, Sampling(40, made.end_ids, n=16, seed=3))
+
+
 def models(spark: SparkSession, root: str) -> list[dict[str, Any]]:
     return [row.asDict() for row in delta.read(spark, root, "models").orderBy("created_at").collect()]
 
 
+@pytest.mark.slow
 def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     spark: SparkSession, root: str, base: str, tmp_path: Path
 ) -> None:
@@ -67,13 +94,31 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
 
     # The stages after it go on with the adapter, and say what is missing.
     onward = ["--tables", root, "--model", row["model_id"]]
+    dpo = [*onward, "--out", str(tmp_path / "dpo"), "--epochs", "3"]  # three steps, of which the first moves nothing
     with pytest.raises(ValueError, match="has not answered any train pair yet; ask it: sample"):
-        train_dpo.main([*onward, "--out", str(tmp_path / "dpo")])
+        train_dpo.main(dpo)
+    answered(spark, root, made)
+    assert train_dpo.main(dpo) == 0
+    preferred = models(spark, root)[-1]
+    assert (preferred["stage"], preferred["parent_id"]) == ("dpo", made.model_id)
+    assert preferred["model_id"] != made.model_id
     grpo = ["--steps", "2", "--groups", "2", "--group", "3", "--max-tokens", "8", "--refresh", "1"]
     assert train_grpo.main([*onward, "--out", str(tmp_path / "grpo"), *grpo]) == 0
     last = models(spark, root)[-1]
     assert (last["stage"], last["parent_id"], last["trained_on"]) == ("grpo", row["model_id"], ["raters"])
     assert last["prompt_id"] == row["prompt_id"]
+
+    # What any stage read or wrote is of train queries alone.
+    for name in ("chains", "samples", "preferences"):
+        mine = {pairs[r["pair_id"]] for r in delta.read(spark, root, name).select("pair_id").collect()}
+        assert mine
+        assert mine <= seen, name
+    asked = pq.read_table(tmp_path / "grpo" / "data.parquet").to_pylist()
+    assert {pairs[r["pair_id"]] for r in asked} == seen
+    assert any(r["rate"] is not None for r in asked)
+    leaking(root, tmp_path)
+    with pytest.raises(ValueError, match=LEAK):
+        answered(spark, root, made)
 
 
 @pytest.mark.slow
@@ -81,13 +126,37 @@ def test_a_query_that_is_held_out_anywhere_stops_the_stage_before_it_begins(
     spark: SparkSession, root: str, base: str, tmp_path: Path
 ) -> None:
     taught(root, tmp_path)
-    again = pair(70, label=4, split="test") | {"query": "QUERY  3", "locale": "de"}
-    ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "more.jsonl", again))])
-    with pytest.raises(ValueError, match="also in dev or test, such as 'query 3'"):
+    leaking(root, tmp_path)
+    with pytest.raises(ValueError, match=LEAK):
         train_sft.main(["--tables", root, "--model", base, "--out", str(tmp_path / "sft")])
     assert not (tmp_path / "sft").exists()
+    # Nor does it get a chain.
+    with pytest.raises(ValueError, match=LEAK):
+        write_chains.main(["--tables", root, "--chains", str(tmp_path / "chains.jsonl")])
 
 
-def test_without_chains_it_says_how_to_bring_them(spark: SparkSession, root: str, base: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="write_chains --tables"):
-        train_sft.main(["--tables", root, "--model", base, "--out", str(tmp_path / "sft")])
+def test_without_chains_it_says_how_to_bring_them_and_teaches_labels_alone_where_asked(
+    spark: SparkSession, root: str, base: str, tmp_path: Path
+) -> None:
+    flags = ["--tables", root, "--model", base, "--out", str(tmp_path / "sft"), "--epochs", "1", "--balance", "1"]
+    with pytest.raises(ValueError, match=r"write_chains --tables .* or teach the labels alone: --labels-only"):
+        train_sft.main(flags)
+    with pytest.raises(ValueError, match="no judged train pair"):
+        train_sft.main([*flags, "--labels-only"])
+    with pytest.raises(ValueError, match="no chain that --order pre could put first"):
+        train_sft.main([*flags, "--labels-only", "--order", "pre"])
+    told(root, tmp_path)
+    assert train_sft.main([*flags, "--labels-only"]) == 0
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(tmp_path / "sft" / "data.parquet").to_pylist()
+    assert len(rows) == 8
+    assert {len(row["answer"]) for row in rows} == {2}  # the label and the end
+    (made,) = models(spark, root)
+    assert rescore.registered_folder(spark, root, made["model_id"])[0] == str(tmp_path / "sft" / "merged")
+
+
+def test_a_whole_model_is_named_as_a_base_by_its_folder_whatever_it_was_called_by() -> None:
+    assert train_sft.named_base("demo-base", "/cache/demo-model") == "demo-base"
+    assert train_sft.named_base("0123456789abcdef", "/models/taosr1") == "/models/taosr1"
+    assert train_sft.named_base("taosr1", "taosr1") == str(Path("taosr1").absolute())

@@ -40,6 +40,15 @@ def recipe(folder: str) -> dict[str, Any]:
     return found
 
 
+def refuse_chain_first(folder: str) -> None:
+    """Raises ValueError where a model was taught `chain, then label`: its first token is no label, so no scores."""
+    if recipe(folder).get("order", "post") == "pre":
+        raise ValueError(
+            f"{folder} was taught --order pre, chain first, so no label can be read off its first token, and there are "
+            "no scores to explain; ask it for whole answers (sample), or train without --order pre to score with it"
+        )
+
+
 def write_recipe(folder: str, made: dict[str, Any]) -> None:
     """Writes `training.json`."""
     (Path(folder) / RECIPE).write_text(json.dumps(made, indent=2, sort_keys=True) + "\n", encoding="utf-8")

