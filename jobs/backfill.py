@@ -43,6 +43,7 @@ from schemas import delta, runs
 from schemas.crash import crash
 from schemas.labels import LABELS
 from schemas.tables import PAIRS, SEGMENT_COLUMNS
+from udfs import adapter
 
 JOB = "backfill"
 ORDERS = ("weight", "updated_at")
@@ -158,6 +159,7 @@ def backfill(
 
     Raises ValueError, before any work, for a condition that is none, a foreign prompt, and a second run of its like.
     """
+    adapter.refuse_chain_first(what.model.path)
     refuse_foreign_prompt(spark, root, what)
     chosen = chosen or Chosen()
     chosen.of(delta.read(spark, root, "pairs"))  # a wrong condition stops it here

@@ -416,6 +416,7 @@ def opened_nights(
     nights: list[Night] = []
     try:
         for what in whats:
+            adapter.refuse_chain_first(what.model.path)
             refuse_foreign_prompt(spark, root, what)
             run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=True)
             nights.append(Night(spark, root, what, run))
