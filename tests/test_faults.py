@@ -149,7 +149,7 @@ def poisoned(folder: Path, products: list[Any], bad: list[tuple[int, str]]) -> S
     )
 
 
-@pytest.mark.parametrize(("products", "each", "poisons"), [(2, 2, 1), pytest.param(100, 50, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("products", "each", "poisons"), [(2, 3, 1), pytest.param(100, 50, 3, marks=pytest.mark.slow)])
 def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     spark: SparkSession,
     root: str,
@@ -190,12 +190,6 @@ def test_an_engine_that_runs_out_of_memory_comes_back_with_smaller_steps(spark: 
     assert (run.counts["scored"], run.counts["refused"]) == (12, 0)  # of 128, 64 and 32 prompts in a step
 
 
-def test_too_many_refused_pairs_stop_the_run(spark: SparkSession, root: str) -> None:
-    put(spark, root, [("long", "Kettle", {}, "xyzzy qwert " * 60)])
-    with pytest.raises(RuntimeError, match="4 pairs were refused, more than --max-refused 3"):
-        rescore(spark, root, scoring(max_model_len=150), max_refused=3)
-
-
 class Killed(Exception):
     """Stands for SIGKILL where one process must go on living."""
 
@@ -211,7 +205,7 @@ def test_a_kill_at_any_step_is_made_good_by_the_next_run(
         if not runs._lease(session, where, run_id).held():
             drop_scratch(session, where, run_id, *name)
 
-    for point in ("planned", "landed", "checked", "merged", "batch"):
+    for point in ("landed", "merged", "batch"):  # each of them, in processes that are killed: below, and slow
 
         def kill(at: str, here: str = point) -> None:
             if at == here:
@@ -236,7 +230,7 @@ def test_a_kill_at_any_step_is_made_good_by_the_next_run(
     assert statuses == {**dict.fromkeys(killed, "lost"), run.run_id: "done"}
 
 
-@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("always", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_wave_in_which_a_canary_is_off_is_dropped_and_asked_again_of_a_fresh_engine(
     spark: SparkSession, root: str, tmp_path: Path, always: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,8 @@ def test_all_readers_find_the_tiers_of_the_shared_vectors(spark: SparkSession, r
                 assert thresholds.tiers(c, taus).tolist() == [row["tier"]]
 
 
-@pytest.mark.parametrize("temperature", [1.0, pytest.param(1.37, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 1.37])
 def test_all_readers_agree_on_100_000_random_rows_and_on_exact_ties(
     spark: SparkSession, root: str, temperature: float
 ) -> None:

@@ -172,14 +172,20 @@ def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
     assert not list((Path(root) / "_scratch").glob("*"))
 
 
-def test_a_prompt_that_is_too_long_gets_a_row_without_probabilities(spark: SparkSession, root: str) -> None:
+def test_a_prompt_that_is_too_long_gets_a_row_without_probabilities_and_too_many_stop_the_run(
+    spark: SparkSession, root: str
+) -> None:
     put(spark, root, [*PRODUCTS, ("long", "Kettle", {}, "xyzzy qwert " * 60)])
-    run = rescore(spark, root, scoring(max_model_len=150))
+    with pytest.raises(job.TooManyRefused, match="4 pairs were refused, more than --max-refused 3"):
+        rescore(spark, root, scoring(max_model_len=150), max_refused=3)
     rows = probs(spark, root).where("product_id = 'long'").collect()
     assert [(r["outcome"], r["p_excellent"], r["p_outside"]) for r in rows] == [("too_long", None, None)] * 4
     assert all(r["tokens_cut"] > 0 for r in rows)
-    assert (run.counts["scored"], run.counts["refused"]) == (12, 4)
-    assert rescore(spark, root, scoring()).counts == {}  # not by itself, although it has room now
+    told = runs.last
+    assert told is not None
+    assert (told.status, told.counts["scored"], told.counts["refused"]) == ("failed", 12, 4)
+    # What was judged is kept, and not asked again by itself, although it has room now.
+    assert rescore(spark, root, scoring()).counts == {"seen": 16, "skipped": 16}
     assert rescore(spark, root, scoring(), retry_failed=True).counts["scored"] == 4
     assert probs(spark, root).where("outcome = 'scored'").count() == 16
 
