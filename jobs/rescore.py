@@ -1053,7 +1053,8 @@ class Night(Waves):
         """Writes the run's gates as they are now, and tells those that are not in order."""
         told = self.gates()
         if told:
-            delta.upsert(self.spark, self.root, "gates", delta.rows(self.spark, "gates", told))
+            write = delta.upsert if self.stays else delta.append
+            write(self.spark, self.root, "gates", delta.rows(self.spark, "gates", told))
         for _, name, level, found, allowed, note in told:
             if level != "ok":
                 print(

@@ -75,6 +75,7 @@ def start(
     """
     global last
     close_lost(spark, root)
+    before = delta.version(spark, root, "runs")
     if alone:
         refuse_second(spark, root, job, model_id, prompt_id)
     now = datetime.now(UTC)
@@ -83,7 +84,7 @@ def start(
     _lease(spark, root, run_id).take()
     delta.append(spark, root, "runs", _row(spark, run))
     last = run
-    if alone:
+    if alone and delta.version(spark, root, "runs") > before + 1:
         try:  # of two that looked at the same moment, the younger gives way
             refuse_second(spark, root, job, model_id, prompt_id, run_id)
         except ValueError as error:
