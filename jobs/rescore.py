@@ -242,6 +242,7 @@ def opened(
     found = model_folder(args.model) if named else None
     seen = look(args, *found) if found else None
     spark = delta.session(job)
+    engines.count(spark, args.tensor_parallel)  # more GPUs than there are stop it here
     delta.prepare(spark, args.tables)
     model_id = args.model if named else in_force_now(spark, args.tables)[0]
     return spark, seen or look(args, *registered_folder(spark, args.tables, model_id))
