@@ -291,7 +291,7 @@ def test_a_stream_that_stays_follows_a_promotion_and_a_candidate_is_kept_current
 
 
 NIGHT = """
-import sys
+import resource, sys
 from pyspark.sql import SparkSession
 from tests.conftest import QUICK
 from schemas import delta
@@ -301,6 +301,9 @@ from partitioner import prefix
 from tests.test_rescore import scoring
 job.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 300
 spark = delta.session("night", QUICK)
+if len(sys.argv) > 3:
+    jvm = spark._jvm.java.lang.ProcessHandle.current().pid()
+    resource.prlimit(jvm, resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 {"rescore": job.rescore, "backfill": backfill}[sys.argv[2]](spark, sys.argv[1], scoring())
 """
 
@@ -332,9 +335,8 @@ def test_a_full_disk_ends_the_run_and_the_next_one_completes_it(spark: SparkSess
     put(spark, root, kettles, [f"kettle {i}" for i in range(50)])
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     words = [sys.executable, "-c", NIGHT, root, "rescore"]
-    # No file may grow beyond 40 KiB: a write fails as on a full disk, whoever runs this test.
-    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *words]
-    full = subprocess.run(limited, env=environment, capture_output=True, text=True)
+    # No file of the JVM may grow beyond 40 KiB: a write fails as on a full disk, whoever runs this test.
+    full = subprocess.run([*words, "40960"], env=environment, capture_output=True, text=True)
     assert full.returncode == 1
     assert "File too large" in full.stderr
     assert not invariants.audit(root)
