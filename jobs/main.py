@@ -72,9 +72,10 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
             raise
         return USAGE, None
     except ValueError as error:
-        if begun():
-            traceback.print_exc()
-        return (FAILED if begun() else USAGE), str(error)
+        if runs.last is None or runs.last.status == "done":
+            return USAGE, str(error)
+        traceback.print_exc()  # a run had begun: no flag or file was wrong
+        return FAILED, str(error)
     except (PySparkException, Py4JError) as error:
         text = str(error)
         # Spark has tried a task four times by then. Its error is a page of Java; what a worker said stands in there.
@@ -84,13 +85,6 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     except Exception as error:  # a full disk, or a mistake of ours: whoever mends it needs to see where
         traceback.print_exc()
         return FAILED, f"{type(error).__name__}: {error}"
-
-
-def begun() -> bool:
-    """Whether a run had begun when the job failed; before, a ValueError says that a flag or file was wrong."""
-    from schemas import runs
-
-    return runs.last is not None and runs.last.status != "done"
 
 
 def last_line(job: str, code: int, error: str | None) -> str:

@@ -352,7 +352,9 @@ def rescore(
     """
     nights = opened_nights(spark, root, (what, *also), max_refused, deadline)
     night = nights[0]
-    night.also, night.stays = nights[1:], every is not None
+    night.also = nights[1:]
+    for one in nights:
+        one.stays = every is not None
     crash("started")
     checkpoint = f"{root}/_checkpoints/{JOB}/{what.model.model_id}-{what.prompt.prompt_id}"
     try:

@@ -245,7 +245,7 @@ class Lease:
                 stream.close()
             found: dict[str, Any] = json.loads(text)
             return found
-        except Exception:  # no file, or it is being written at this moment: the exceptions differ by storage
+        except (Py4JJavaError, ValueError):  # no file, or it is being written at this moment: Java's side, or half JSON
             return {}
 
     def held(self) -> bool:
