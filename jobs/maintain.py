@@ -103,7 +103,10 @@ def drop_model(spark: SparkSession, root: str, model_id: str, yes: bool) -> None
     run = runs.start(spark, root, JOB, model_id)
     try:
         # The stream remembers how far it looked; without its rows it must look at all pairs again.
-        delta.drop(spark, f"{root}/_checkpoints/rescore", f"{model_id}-*")
+        checkpoints = f"{root}/_checkpoints/rescore"
+        for name in delta.inside(spark, checkpoints):
+            if name.startswith(f"{model_id}-"):
+                delta.drop(spark, f"{checkpoints}/{name}")
         gone = delta.delete(spark, root, "label_probs", rows, ("pair_id", "model_id", "prompt_id"))
     except BaseException as error:
         runs.fail(spark, root, run, error)

@@ -314,18 +314,22 @@ def scratch(root: str, run_id: str, name: str) -> str:
 
 def drop_scratch(spark: SparkSession, root: str, run_id: str, name: str = "") -> None:
     """Removes what a run landed: `name`, or all of it."""
-    jvm: Any = spark._jvm
-    folder = jvm.org.apache.hadoop.fs.Path(scratch(root, run_id, name).rstrip("/"))
-    folder.getFileSystem(spark._jsc.hadoopConfiguration()).delete(folder, True)
+    drop(spark, scratch(root, run_id, name).rstrip("/"))
 
 
-def drop(spark: SparkSession, folder: str, pattern: str) -> None:
-    """Removes what matches below a folder that is no table, such as checkpoints."""
+def inside(spark: SparkSession, folder: str) -> list[str]:
+    """Names in a folder that is no table, such as checkpoints; none where there is no such folder."""
     jvm: Any = spark._jvm
-    where = jvm.org.apache.hadoop.fs.Path(folder, pattern)
+    where = jvm.org.apache.hadoop.fs.Path(folder)
     storage = where.getFileSystem(spark._jsc.hadoopConfiguration())
-    for found in storage.globStatus(where) or []:
-        storage.delete(found.getPath(), True)
+    return [found.getPath().getName() for found in (storage.listStatus(where) if storage.exists(where) else [])]
+
+
+def drop(spark: SparkSession, folder: str) -> None:
+    """Removes a folder that is no table."""
+    jvm: Any = spark._jvm
+    where = jvm.org.apache.hadoop.fs.Path(folder)
+    where.getFileSystem(spark._jsc.hadoopConfiguration()).delete(where, True)
 
 
 def append(spark: SparkSession, root: str, name: str, rows: DataFrame) -> None:

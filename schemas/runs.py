@@ -183,11 +183,7 @@ def refuse_second(
 
 def _signed(spark: SparkSession, root: str) -> list[str]:
     """The runs that hold a lease, or did and died."""
-    jvm: Any = spark._jvm
-    folder = jvm.org.apache.hadoop.fs.Path(f"{root.rstrip('/')}/_leases")
-    storage = folder.getFileSystem(spark._jsc.hadoopConfiguration())
-    files = storage.listStatus(folder) if storage.exists(folder) else []
-    names = [file.getPath().getName() for file in files]
+    names = delta.inside(spark, f"{root.rstrip('/')}/_leases")
     return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
