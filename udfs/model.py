@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,23 +212,39 @@ def fetched(where: str) -> str:
     version = sorted((info.base_name, info.size, info.mtime_ns) for info in files)
     place, state = (hashlib.sha256(repr(value).encode()).hexdigest()[:12] for value in (where.rstrip("/"), version))
     folder = cache_folder() / "models" / f"{place}-{state}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f"{place}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with its process
-        if not folder.is_dir():
-            partial = folder.with_name(f"{place}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            for info in files:
-                fs.copy_files(info.path, str(partial / info.base_name), source_filesystem=system)
-                if (partial / info.base_name).stat().st_size != info.size:
-                    raise ValueError(f"--model {where}: {info.base_name} changed while it was copied; start again")
-            for old in folder.parent.glob(f"{place}-*"):
-                if time.time() - old.stat().st_mtime > 86_400 * COPY_KEPT_DAYS:
-                    shutil.rmtree(old, ignore_errors=True)
-            partial.rename(folder)  # a folder of this name is whole
+
+    def copy(partial: Path) -> None:
+        for old in folder.parent.glob(f"{place}-{'?' * 12}"):
+            if time.time() - old.stat().st_mtime > 86_400 * COPY_KEPT_DAYS:
+                shutil.rmtree(old, ignore_errors=True)
+        for info in files:
+            fs.copy_files(info.path, str(partial / info.base_name), source_filesystem=system)
+            if (partial / info.base_name).stat().st_size != info.size:
+                raise ValueError(f"--model {where}: {info.base_name} changed while it was copied; start again")
+
+    with made_once(folder, copy):
         os.utime(folder)
     return str(folder)
+
+
+@contextlib.contextmanager
+def made_once(folder: Path, make: Callable[[Path], None], fits: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Inside, `folder` is whole and nobody else makes or mends it: who comes first has `make` fill it, the others wait.
+
+    make: fills an empty folder, which gets the name by one rename. fits: whether what is there will do (default: that
+    it is there). The lock beside the folder ends with its process.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (fits() if fits else folder.is_dir()):
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        yield
 
 
 def cache_folder() -> Path:
