@@ -18,9 +18,7 @@ boundary, fitted on the dev queries for macro-F1. Intervals are 95 % percentiles
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.metadata
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -28,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from bench import stages
 from partitioner import thresholds
 from partitioner.measures import Floats
 from partitioner.thresholds import Objective, Values
-from schemas import canonical, delta
+from schemas import delta
 from schemas.labels import LABELS
 from udfs.model import cache_folder
 
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> int:
     stages.spoken(["ingest", "--tables", tables, "--pairs", str(file.absolute()), "--source", SOURCE])
     stages.spoken(["train_sft", "--tables", tables, "--model", "demo-base", "--out", sft, "--labels-only", *how])
     for model in models.values():
-        stages.spoken(["backfill", "--tables", tables, "--model", model, "--where", among(held_out(file))])
+        stages.spoken(["backfill", "--tables", tables, "--model", model, "--where", held_out(tables)])
     spark = delta.session(SOURCE)
     dev, test = (scored(spark, tables, models, split) for split in ("dev", "test"))
     taught = taught_pairs(sft)
@@ -93,17 +92,11 @@ def scored(spark: SparkSession, root: str, models: dict[str, str], split: str) -
     return dict(zip(models, stages.common(read), strict=True))
 
 
-def held_out(file: Path) -> list[str]:
-    """Judged queries of dev and test in a file, as ingest splits them."""
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        rows = [row for row in map(json.loads, lines) if row.get("label") is not None]
-    return sorted({r["query"] for r in rows if (r.get("split") or canonical.split(r["query"])) != "train"})
-
-
-def among(queries: Sequence[str]) -> str:
-    """A condition of SQL: the query is one of these."""
-    escaped = (query.replace("\\", "\\\\").replace("'", "\\'") for query in queries)
-    return "query IN (" + ", ".join(f"'{query}'" for query in escaped) + ")"
+def held_out(tables: str) -> str:
+    """A condition of SQL: a judged pair of dev or test."""
+    gold = DeltaTable(f"{tables}/gold").to_pyarrow_table(columns=["pair_id", "split"]).to_pylist()
+    ids = sorted({row["pair_id"] for row in gold if row["split"] != "train"})  # digits of a hash: nothing to escape
+    return "pair_id IN (" + ", ".join(f"'{i}'" for i in ids) + ")"
 
 
 def taught_pairs(folder: str) -> list[str]:

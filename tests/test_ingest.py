@@ -177,6 +177,7 @@ def test_each_bad_row_goes_to_quarantine_with_its_line_and_its_original_and_the_
     assert now == {"read": 27, "accepted": 2, "quarantined": 25, "unchanged": 2}
 
 
+@pytest.mark.slow
 def test_rows_that_contradict_each_other_are_all_refused_with_their_lines(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path
 ) -> None:
@@ -386,6 +387,7 @@ def test_an_unfit_parquet_file_is_refused_as_a_whole_and_the_others_go_on(
     }
 
 
+@pytest.mark.slow
 def test_bombs_pipes_devices_and_links_out_of_the_folder_are_refused_and_the_good_file_goes_in(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -537,6 +539,7 @@ def test_a_snapshot_deletes_what_is_absent_but_not_what_was_refused_by_name(
     assert versions(spark, root)["pairs"] == at["pairs"]
 
 
+@pytest.mark.slow
 def test_products_are_updated_in_all_their_pairs_field_by_field(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -731,6 +734,7 @@ def test_real_esci_rows_go_in(spark: SparkSession, root: str, take: Ingest, tmp_
     assert {r["locale"] for r in stored(spark, root).values()} == {"us", "jp", "es"}
 
 
+@pytest.mark.slow
 def test_wands_is_read_as_published_from_tabs(spark: SparkSession, root: str, take: Ingest, tmp_path: Path) -> None:
     (folder := tmp_path / "wands").mkdir()
     (folder / "query.csv").write_text(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 
 from bench import icecat, orders, stages
-from schemas import canonical
 
 
 def rows(pairs: str, answered: str) -> stages.Columns:
@@ -76,11 +76,7 @@ def test_data_that_is_not_there_is_skipped_with_a_reason(tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_queries_held_out_are_those_that_ingest_holds_out_and_may_hold_quotes(tmp_path: Path) -> None:
-    rows = [{"query": f"o'query {n}", "label": 1 + n % 4} for n in range(50)] + [{"query": "unjudged", "label": None}]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert icecat.held_out(file) == sorted(
-        f"o'query {n}" for n in range(50) if canonical.split(f"o'query {n}") != "train"
-    )
-    assert icecat.among(["o'query"]) == r"query IN ('o\'query')"
+def test_the_pairs_held_out_are_those_of_dev_and_test(tmp_path: Path) -> None:
+    gold = pa.table({"pair_id": ["a1", "b2", "c3"], "split": ["test", "train", "dev"], "label": [4, 1, 2]})
+    write_deltalake(str(tmp_path / "gold"), gold)
+    assert icecat.held_out(str(tmp_path)) == "pair_id IN ('a1', 'c3')"

@@ -135,6 +135,7 @@ def test_a_query_that_is_held_out_anywhere_stops_the_stage_before_it_begins(
         write_chains.main(["--tables", root, "--chains", str(tmp_path / "chains.jsonl")])
 
 
+@pytest.mark.slow
 def test_without_chains_it_says_how_to_bring_them_and_teaches_labels_alone_where_asked(
     spark: SparkSession, root: str, base: str, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def chains(spark: SparkSession, root: str, by: str = "product_id") -> dict[str, 
     return {r[by]: r for r in rows}
 
 
+@pytest.mark.slow
 def test_a_chain_is_kept_only_where_its_own_conclusion_is_the_human_label_and_only_of_train_pairs(
     spark: SparkSession, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
