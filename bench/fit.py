@@ -1,6 +1,6 @@
 """How long fitting takes against sorting the same rows in Spark.
 
-python -m bench.fit [--rows 1000000] [--rounds 3]
+python -m bench.fit [--rows 1000000] [--rounds 3] [--objectives macro_f1 accuracy kappa]
 
 Rows: probabilities of four labels and one judgement each. `ORDER BY c4` to nowhere is the yardstick: it reads the rows,
 sorts them by one value, and passes all their columns on. A fit looks at three values a row. Both read the same cached
@@ -26,12 +26,15 @@ from partitioner.thresholds import BOUNDARIES, Objective
 from schemas import delta
 from schemas.labels import LABELS, P_COLUMNS
 
+OBJECTIVES = ("macro_f1", "accuracy", "kappa")
+
 
 def main(argv: list[str]) -> int:
     """Prints one JSON object: seconds of each, and the ratios to the sort; medians over the rounds."""
     parser = argparse.ArgumentParser(prog="bench.fit", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="10000000 take some 8 GB")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
     args = parser.parse_args(argv)
     memory = f"{max(4, args.rows // 2_000_000)}g"
     spark = delta.session("bench.fit", {"spark.driver.memory": memory, "spark.ui.showConsoleProgress": "false"})
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> int:
 
     jobs: dict[str, Callable[[], None]] = {"sort": sort}
     for rule in thresholds.RULES:
-        for name in ("macro_f1", "accuracy", "kappa"):
+        for name in args.objectives:
             jobs[f"{rule} {name}"] = lambda rule=rule, name=name: fit(rule, Objective(name))  # type: ignore[misc]
     for job in jobs.values():
         job()

@@ -51,6 +51,8 @@ CONF = {
     # A Python worker that says nothing for half an hour (a stopped process: its own watchdog cannot speak) is ended.
     "spark.python.worker.idleTimeoutSeconds": "1800",
     "spark.python.worker.killOnIdleTimeout": "true",
+    # One that crashes outside of Python (an engine's kernel) says where it stood.
+    "spark.python.worker.faulthandler.enabled": "true",
 }
 LOCAL_CONF = {
     # One machine, small tables: Spark's default of 200 shuffle partitions and 50 log partitions only costs here.

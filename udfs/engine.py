@@ -186,6 +186,11 @@ class VllmEngine:
             # not use offset"), so a step takes whole prompts and must have room for the longest.
             device["enable_chunked_prefill"] = False
             budget = max(budget, settings.max_model_len)
+            # Attention in bf16 uses AMX where the processor has it. The kernel must be asked for leave first, which
+            # vLLM leaves to oneDNN; a small model may not need that before, and died of an illegal instruction.
+            import torch
+
+            getattr(torch.cpu, "_init_amx", bool)()
         arguments = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,  # it is fed with ids only; the tokenizer is the prompt's business
