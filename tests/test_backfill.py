@@ -73,6 +73,15 @@ def test_the_most_wanted_products_come_first_and_a_limit_is_kept(spark: SparkSes
     gates = {r["name"]: (r["level"], r["found"]) for r in delta.read(spark, root, "gates").collect()}
     assert gates["freshness"] == ("warn", 0.5)
     assert gates["refused_share"] == ("ok", 0.0)
+
+
+@pytest.mark.slow
+def test_a_backfill_goes_on_where_another_one_stopped_among_the_pairs_that_are_asked_for(
+    spark: SparkSession, root: str
+) -> None:
+    put(spark, root, PRODUCTS)
+    weigh(spark, root, {"k2": 3.0, "t1": 9.0})
+    backfill(spark, root, scoring(), Chosen(limit=6))
     run = backfill(spark, root, scoring(), Chosen(where="product_id LIKE 'k%'"))
     assert (run.counts["skipped"], run.counts["scored"]) == (2, 6)
     assert not invariants.audit(root, MODEL) + invariants.left(root)
@@ -169,6 +178,7 @@ def test_a_new_model_fills_beside_the_old_one_and_a_sample_shows_how_tiers_shift
     assert shifts(spark, root, new, none, None)[1] == "backfill: no pair of the sample is judged by both"
 
 
+@pytest.mark.slow
 def test_a_second_run_of_its_like_is_refused_while_the_first_is_alive(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS, QUERIES[:1])
     what = scoring()

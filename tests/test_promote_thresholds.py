@@ -112,6 +112,7 @@ def test_a_model_that_judges_nothing_is_refused_by_both_gates_and_takes_no_publi
     assert in_force(spark, root) == 1
 
 
+@pytest.mark.slow
 def test_of_two_promoters_who_looked_at_the_same_version_one_wins_and_the_other_is_told(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def written(spark: SparkSession, empty_tables: Path, tmp_path_factory: pytest.Te
     return root, out
 
 
+@pytest.mark.slow
 def test_the_browser_shows_what_the_tables_hold(spark: SparkSession, written: tuple[str, Path]) -> None:
     root, out = written
     page = Page(in_browser(out, out.parent / "profile"))
@@ -138,6 +139,7 @@ def test_the_browser_shows_what_the_tables_hold(spark: SparkSession, written: tu
     assert page.tables["disagreements"][1][:4] == [HOSTILE, HOSTILE, "Irrelevant", "Excellent"]
 
 
+@pytest.mark.slow
 def test_the_page_is_one_small_file_that_needs_no_network(written: tuple[str, Path]) -> None:
     text = written[1].read_text()
     assert len(text.encode()) < 5 * 2**20

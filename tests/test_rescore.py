@@ -172,6 +172,7 @@ def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
     assert not list((Path(root) / "_scratch").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_gets_a_row_without_probabilities_and_too_many_stop_the_run(
     spark: SparkSession, root: str
 ) -> None:

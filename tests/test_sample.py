@@ -83,7 +83,13 @@ def test_every_train_pair_gets_its_own_samples_judged_against_gold_and_no_pair_o
     assert re.search(rf"label and chain +9 +{both:.3f} ", said)
     assert re.search(rf"guessing one of four +0.250 +0.684 +{1 - 0.75**6:.3f}", said)
 
-    # The same command again: nothing is asked. A new label or text: that pair alone, in the same run.
+
+@pytest.mark.slow
+def test_a_pair_is_asked_again_only_for_a_new_text_or_another_draw(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    judge(spark, root)
+    what = scoring()
+    run = sample.sample(spark, root, what, FORM, ASKED)
     version = delta.version(spark, root, "samples")
     again = sample.sample(spark, root, what, FORM, ASKED)
     assert (again.run_id, again.counts) == (run.run_id, {"seen": 9, "skipped": 9})
@@ -91,7 +97,7 @@ def test_every_train_pair_gets_its_own_samples_judged_against_gold_and_no_pair_o
     put(spark, root, [("k2", "Plastic kettle, red", *PRODUCTS[1][2:])], ["cheap kettle"])
     assert sample.sample(spark, root, what, FORM, ASKED).counts["sampled"] == 1
     assert len(samples(spark, root)) == 9 * 6
-    # Another seed is another draw, beside the first; the limit takes some of the pairs.
+    # Another seed is another draw, beside the first, in a run of its own; the limit takes some of the pairs.
     other = sample.sample(spark, root, what, FORM, dataclasses.replace(ASKED, seed=4), limit=2)
     assert other.run_id != run.run_id
     assert len(samples(spark, root)) == 9 * 6 + 2 * 6

@@ -207,6 +207,7 @@ def test_the_archive_holds_the_code_alone_and_equal_code_makes_equal_bytes(check
     assert {name.split("/")[0] for name in names} == set(ROOMS)
 
 
+@pytest.mark.slow
 def test_a_job_runs_on_spark_with_delta_and_its_workers_have_the_code(checkout: Path, tmp_path: Path) -> None:
     done = run(checkout, "--conf", "spark.sql.shuffle.partitions=3", "probe", str(tmp_path / "table of three"))
     assert done.returncode == 3, done.stderr
