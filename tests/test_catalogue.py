@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,16 @@ FLAGS = ["waterproof", "noise cancelling", "induction", "armrests"]
 VALUES = sorted({v for row in ROWS for name, v in row["attributes"].items() if name != "price"} - {"yes", "no", "none"})
 
 
+@cache
+def alone(word: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(word.lower())}(?!\w)")
+
+
 def longest(words: list[str], text: str) -> str:
-    return max(
-        (w for w in words if re.search(rf"(?<!\w){re.escape(w.lower())}(?!\w)", text.lower())), key=len, default=""
-    )
+    return max((w for w in words if alone(w).search(text.lower())), key=len, default="")
 
 
+@cache
 def read_query(query: str) -> tuple[str, str, list[str], str, int]:
     """Type name, model, asked facts, excluded word, named price."""
     priced = re.search(r"\b([A-Z]\d{3})\b.*?(\d+) EUR", query)

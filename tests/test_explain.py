@@ -104,6 +104,7 @@ def test_what_is_explained_is_not_asked_again_and_what_is_scored_anew_is(
     assert explain(spark, root, what, KETTLES, limit=20, max_tokens=40).counts["sampled"] == 2
 
 
+@pytest.mark.slow
 def test_pairs_that_nobody_scored_are_refused_with_the_command_that_mends_it(
     spark: SparkSession, root: str, what: rescore.Scoring
 ) -> None:

@@ -152,6 +152,7 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
     assert told_of[1].startswith("version 2: --rule one --objective accuracy --raters fractions --gold-source raters")
 
 
+@pytest.mark.slow
 def test_without_probabilities_or_judgements_the_error_names_the_way_out(spark: SparkSession, root: str) -> None:
     with pytest.raises(ValueError, match="label_probs is empty; score pairs first: rescore"):
         fit_thresholds(spark, root, QUICK)

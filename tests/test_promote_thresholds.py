@@ -65,6 +65,7 @@ def test_a_version_is_put_into_force_and_taken_back_with_who_when_and_why(
     assert delta.version(spark, root, "thresholds") == version
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trusted_is_refused_with_a_sentence(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

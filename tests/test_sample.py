@@ -256,6 +256,7 @@ def test_a_model_is_asked_in_the_order_that_it_was_taught(tmp_path: Path) -> Non
         sample.order("post", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_no_judged_pairs_is_an_error_that_names_the_command(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS[:1], QUERIES[:1])
     with pytest.raises(ValueError, match="no judged pairs in split dev; bring some: ingest"):
