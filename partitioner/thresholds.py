@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +43,7 @@ _CHUNK = f"k TINYINT, top DOUBLE, {', '.join(f'{w} DOUBLE' for w in _WEIGHTS)}, 
 RULES = ("one", "boundary")
 EXACT_CUTS = 4096  # values a boundary: 17 million combinations of two cuts, under a second
 GRID_CUTS = 1024
+THINNED_CUTS = 256  # of a piece
 PIECE_VALUES = 2_000_000  # a worker holds at a time, at 40 bytes and a few copies
 CHUNK_VALUES = 100_000  # in a row of Spark: 4 MB
 _SKETCHED = 0.1  # of the rows, to balance pieces by
@@ -333,9 +334,14 @@ class Piece:
     @cached_property
     def merged(self) -> tuple[Floats, Floats, Floats]:
         """The cuts of all boundaries on one scale: lows [m], highs [m], above [m, boundary, label]."""
-        highs = np.unique(np.concatenate(self.uppers))
-        above = [a[np.searchsorted(u, highs)] for u, a in zip(self.uppers, self.above, strict=True)]
-        return np.concatenate(([self.low], highs[:-1])), highs, np.stack(above, axis=1)
+        order, starts, highs = _ranked(np.concatenate(self.uppers))
+        above, end = np.empty((len(self.uppers), len(highs), 4)), 0
+        for b, uppers in enumerate(self.uppers):
+            begin, end = end, end + len(uppers)
+            mine = (order >= begin) & (order < end)
+            first: NDArray[np.int64] = (np.cumsum(mine) - mine)[starts]  # of its own, that is not less
+            np.take(self.above[b], first, axis=0, out=above[b], mode="clip")
+        return np.concatenate(([self.low], highs[:-1])), highs, above.swapaxes(0, 1)
 
     def cells(self, b: int) -> tuple[Floats, Floats, Floats]:
         """The cuts of one boundary that end here, whole: lows [m], highs [m], above [m, label]."""
@@ -354,7 +360,7 @@ Ranked = tuple[NDArray[np.int64], NDArray[np.int64], Floats]
 
 def _ranked(values: Floats) -> Ranked:
     """Their order, where each distinct one starts in it, and the distinct ones ascending."""
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values)
     ranked = values[order]
     starts = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1]))[: len(ranked)])
     return order, starts, ranked[starts]
@@ -363,7 +369,8 @@ def _ranked(values: Floats) -> Ranked:
 def _summed(ranked: Ranked, weights: Floats) -> Floats:
     """The weights [n, 4] summed up for each distinct value."""
     order, starts, _ = ranked
-    return np.add.reduceat(weights[order], starts) if len(starts) else np.zeros((0, 4))
+    weights = np.take(weights, order, axis=0)
+    return np.add.reduceat(weights, starts) if len(starts) < len(weights) else weights
 
 
 def _cuts(values: Floats, sums: Floats, high: float, beyond: Floats) -> tuple[Floats, Floats]:
@@ -725,18 +732,41 @@ def _boundaries(
         return _ordered(pieces, objective.worth(), requirements)
     # 1 - kappa = off / chance, both sums of worths: the least ratio r has min(off - r chance) = 0 (Dinkelbach 1967).
     chance = pieces.gold @ measures.QUADRATIC / pieces.gold.sum()
-    ratio, found = 0.0, None
-    while True:
-        better = _ordered(pieces, ratio * chance - measures.QUADRATIC, requirements)
-        if better is None:
-            return None
-        confusion = _settled(pieces, objective, *better).confusion
-        off, by_chance = float((confusion * measures.QUADRATIC).sum()), float(confusion.sum(0) @ chance)
-        if found is not None and off >= ratio * by_chance * (1 - 1e-12):
-            return found
-        if off <= _ALIKE * pieces.gold.sum():
-            return better
-        found, ratio = better, off / by_chance
+
+    def least(pieces: Pieces, ratio: float) -> tuple[Intervals | None, float]:
+        while True:
+            found = _ordered(pieces, ratio * chance - measures.QUADRATIC, requirements)
+            if found is None:
+                return None, 0.0
+            confusion = _settled(pieces, objective, *found).confusion
+            off, by_chance = float((confusion * measures.QUADRATIC).sum()), float(confusion.sum(0) @ chance)
+            if off <= _ALIKE * pieces.gold.sum() or off >= ratio * by_chance * (1 - 1e-12) > 0:
+                return found, ratio
+            ratio = off / by_chance
+
+    # A few cuts of each piece come near, and leave few scans of all.
+    near = 0.0 if isinstance(pieces, Local) else least(_thinned(pieces), 0.0)[1]
+    return least(pieces, near)[0]
+
+
+def _thinned(pieces: Pieces) -> Local:
+    """Some cuts of each piece."""
+
+    def step(piece: Piece) -> list[float]:
+        said: list[float] = []
+        for uppers, above in zip(piece.uppers, piece.above, strict=True):
+            some = np.unique(np.linspace(0, len(uppers) - 1, THINNED_CUTS).astype(np.int64))
+            said += [len(some), *uppers[some], *above[some].ravel()]
+        return said
+
+    uppers: list[list[float]] = [[], [], []]
+    above: list[list[list[float]]] = [[], [], []]
+    for said in map(iter, pieces.each(step)):
+        for b in range(3):
+            count = int(next(said))
+            uppers[b] += islice(said, count)
+            above[b] += [list(islice(said, 4)) for _ in range(count)]
+    return Local(Piece(-1.0, 1.0, tuple(map(np.array, uppers)), tuple(map(np.array, above))), pieces.gold)
 
 
 def _ordered(pieces: Pieces, worth: Floats, requirements: tuple[Requirement, ...]) -> Intervals | None:

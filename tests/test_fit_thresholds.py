@@ -44,6 +44,7 @@ def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession) -> None:
         for rule, objective, cuts in (
             ("one", Objective(), 4096),
             ("one", Objective("kappa"), 4096),
+            ("boundary", Objective("kappa"), 4096),
             ("boundary", Objective(), 20_000),
             ("boundary", Objective(), 64),
             ("boundary", Objective("recall", label=4), 4096),
