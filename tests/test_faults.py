@@ -304,7 +304,7 @@ from jobs import rescore as job
 from jobs.backfill import backfill
 from partitioner import prefix
 from tests.test_rescore import scoring
-job.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 300
+job.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 120
 spark = delta.session("night", QUICK)
 if len(sys.argv) > 3:
     jvm = spark._jvm.java.lang.ProcessHandle.current().pid()
@@ -335,7 +335,7 @@ def test_a_process_killed_at_any_step_leaves_what_the_next_one_makes_whole(
         killed = subprocess.run([sys.executable, "-c", NIGHT, root, name], env=environment, capture_output=True)
         assert killed.returncode == -9, killed.stderr[-2000:]
     monkeypatch.setattr(job, "WAVE_SECONDS", 0.0)
-    monkeypatch.setattr(prefix, "HOT_TOKENS", 300)
+    monkeypatch.setattr(prefix, "HOT_TOKENS", 120)
     if name == "rescore":
         rescore(spark, root, scoring())
     else:
