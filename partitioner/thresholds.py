@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations, islice
+from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
@@ -440,8 +440,8 @@ class Spread:
         sketch = rows.sample(_SKETCHED, seed=0).approxQuantile(columns, shares, 0.01) if shares else []
         bounds = np.unique(sorted(value for values in sketch for value in values)[1 :: len(columns)])
         self._spark = rows.sparkSession
-        with _batches(self._spark, 100_000):
-            parted = rows.mapInArrow(_parted(bounds), f"at INT, {_CHUNK}")
+        with _batches(self._spark, CHUNK_VALUES):
+            parted = rows.mapInArrow(_parted(bounds), f"{_CHUNK}, at INT")
             self._frame = parted.repartitionById(len(bounds) + 1, "at").mapInArrow(_joined, _CHUNK).persist()
             of = [F.max(F.when(F.col("k") == k, F.col("top"))).alias(f"top{k}") for k in BOUNDARIES]
             of += [F.sum(F.when(F.col("k") == k, F.col(w))).alias(f"{w}_{k}") for k in BOUNDARIES for w in _WEIGHTS]
@@ -501,7 +501,8 @@ def _parted(bounds: Floats) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.
                 ends = [*np.searchsorted(value, bounds, side="right"), len(value)]
                 for at, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
                     if end > begin:
-                        yield _chunk(k, value[begin:end], sums[begin:end], at)
+                        chunk = _chunk(k, value[begin:end], sums[begin:end])
+                        yield chunk.append_column("at", pa.array([at], pa.int32()))
 
     return part
 
@@ -516,12 +517,11 @@ def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             yield _chunk(k, ranked[2][begin : begin + CHUNK_VALUES], sums[begin : begin + CHUNK_VALUES])
 
 
-def _chunk(k: int, value: Floats, sums: Floats, *at: int) -> pa.RecordBatch:
+def _chunk(k: int, value: Floats, sums: Floats) -> pa.RecordBatch:
     """One row: a chunk of boundary `k`, its largest value and the sums of its weights by label."""
-    total = dict(zip(_WEIGHTS, ([float(x)] for x in sums.sum(0)), strict=True))
-    row = {"k": np.full(1, k, np.int8), "top": [float(value[-1])], **total, "value": [value.tobytes()]}
-    row |= {"sums": [sums.tobytes()]}
-    return pa.RecordBatch.from_pydict({"at": np.full(1, at[0], np.int32), **row} if at else row)
+    total = {w: [float(x)] for w, x in zip(_WEIGHTS, sums.sum(0), strict=True)}
+    told = {"k": pa.array([k], pa.int8()), "top": [float(value[-1])], **total}
+    return pa.RecordBatch.from_pydict({**told, "value": [value.tobytes()], "sums": [sums.tobytes()]})
 
 
 def _chunks(batches: Iterable[pa.RecordBatch]) -> Chunks:
@@ -752,21 +752,30 @@ def _boundaries(
 def _thinned(pieces: Pieces) -> Local:
     """Some cuts of each piece."""
 
+    def some(piece: Piece) -> list[Floats]:
+        each = [np.column_stack([u, a]) for u, a in zip(piece.uppers, piece.above, strict=True)]
+        return [cuts[np.unique(np.linspace(0, len(cuts) - 1, THINNED_CUTS).astype(int))] for cuts in each]
+
+    cuts = _gathered(pieces, some, 5)
+    return Local(Piece(-1.0, 1.0, tuple(c[:, 0] for c in cuts), tuple(c[:, 1:] for c in cuts)), pieces.gold)
+
+
+def _gathered(pieces: Pieces, of: Callable[[Piece], Sequence[Floats]], width: int) -> list[Floats]:
+    """For each boundary, what `of` says of the pieces, [m, width] each, one below the other."""
+
     def step(piece: Piece) -> list[float]:
         said: list[float] = []
-        for uppers, above in zip(piece.uppers, piece.above, strict=True):
-            some = np.unique(np.linspace(0, len(uppers) - 1, THINNED_CUTS).astype(np.int64))
-            said += [len(some), *uppers[some], *above[some].ravel()]
+        for rows in of(piece):
+            said += [float(len(rows)), *rows.ravel().tolist()]
         return said
 
-    uppers: list[list[float]] = [[], [], []]
-    above: list[list[list[float]]] = [[], [], []]
-    for said in map(iter, pieces.each(step)):
+    found: list[list[Floats]] = [[], [], []]
+    for said in pieces.each(step):
         for b in range(3):
-            count = int(next(said))
-            uppers[b] += islice(said, count)
-            above[b] += [list(islice(said, 4)) for _ in range(count)]
-    return Local(Piece(-1.0, 1.0, tuple(map(np.array, uppers)), tuple(map(np.array, above))), pieces.gold)
+            end = 1 + width * int(said[0])
+            found[b].append(np.array(said[1:end]).reshape(-1, width))
+            said = said[end:]
+    return [np.concatenate(group) for group in found]
 
 
 def _ordered(pieces: Pieces, worth: Floats, requirements: tuple[Requirement, ...]) -> Intervals | None:
@@ -873,21 +882,14 @@ def _cells(
     wanted = max(3, min(cuts, GRID_CUTS))
     ranks = [np.unique(np.linspace(0, n - 1, n if n <= cuts else wanted).round().astype(int)) for n in totals]
 
-    def step(piece: Piece) -> list[float]:
-        said: list[float] = []
+    def chosen(piece: Piece) -> list[Floats]:
+        said = []
         for b in range(3):
             cells, at = within(piece, b), ranks[b] - int(before[piece.low][b])
-            cells = cells[at[(at >= 0) & (at < len(cells))]]
-            said += [float(len(cells)), *cells.ravel().tolist()]
+            said.append(cells[at[(at >= 0) & (at < len(cells))]])
         return said
 
-    found: list[list[Floats]] = [[], [], []]
-    for said in pieces.each(step):
-        for b in range(3):
-            size = int(said[0])
-            found[b].append(np.array(said[1 : 1 + 6 * size]).reshape(-1, 6))
-            said = said[1 + 6 * size :]
-    return [np.concatenate(group) for group in found], bool((totals <= cuts).all())
+    return _gathered(pieces, chosen, 6), bool((totals <= cuts).all())
 
 
 def _met(requirements: tuple[Requirement, ...], b: int, shown: Floats, gold: Floats) -> NDArray[np.bool_]:

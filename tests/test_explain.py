@@ -52,14 +52,19 @@ def score(spark: SparkSession, root: str, what: rescore.Scoring) -> None:
     delta.upsert(spark, root, "label_probs", judged.rows(spark, "label_probs", rows))
 
 
-def test_the_chosen_pairs_get_the_chain_that_follows_their_likeliest_label(
-    spark: SparkSession, root: str, what: rescore.Scoring, capsys: pytest.CaptureFixture[str]
-) -> None:
+def scored_but_for_two(spark: SparkSession, root: str, what: rescore.Scoring) -> str:
+    """Pairs of which one was never scored and one has another text since; SQL that selects kettles and no pair."""
     put(spark, root, PRODUCTS)
     score(spark, root, what)
     put(spark, root, [("k9", "Kettle that nobody scored", {}, None)], QUERIES[:1])
     put(spark, root, [("k2", "Plastic kettle, red", *PRODUCTS[1][2:])], QUERIES[:1])
-    selected = f"SELECT pair_id FROM ({KETTLES}) UNION ALL SELECT 'none such'"
+    return f"SELECT pair_id FROM ({KETTLES}) UNION ALL SELECT 'none such'"
+
+
+def test_the_chosen_pairs_get_the_chain_that_follows_their_likeliest_label(
+    spark: SparkSession, root: str, what: rescore.Scoring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    selected = scored_but_for_two(spark, root, what)
     run = explain(spark, root, what, selected, max_tokens=40)
     assert run.counts == {"seen": 10, "unknown": 1, "not_scored": 1, "stale": 1, "sampled": 7, "refused": 0}
     found = explanations(spark, root)
@@ -90,11 +95,7 @@ def test_the_chosen_pairs_get_the_chain_that_follows_their_likeliest_label(
 def test_what_is_explained_is_not_asked_again_and_what_is_scored_anew_is(
     spark: SparkSession, root: str, what: rescore.Scoring
 ) -> None:
-    put(spark, root, PRODUCTS)
-    score(spark, root, what)
-    put(spark, root, [("k9", "Kettle that nobody scored", {}, None)], QUERIES[:1])
-    put(spark, root, [("k2", "Plastic kettle, red", *PRODUCTS[1][2:])], QUERIES[:1])
-    selected = f"SELECT pair_id FROM ({KETTLES}) UNION ALL SELECT 'none such'"
+    selected = scored_but_for_two(spark, root, what)
     explain(spark, root, what, selected, max_tokens=40)
     version = delta.version(spark, root, "explanations")
     again = explain(spark, root, what, selected, max_tokens=40)

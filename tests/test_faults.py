@@ -259,6 +259,7 @@ def test_a_wave_in_which_a_canary_is_off_is_dropped_and_asked_again_of_a_fresh_e
         ids = render.join(
             render.product(title, "Hearthline", "Kitchen", {}, "Boils water. " * 30), render.query(row["query"])
         )
+        assert row["p_outside"] == pytest.approx(0.1)
         assert [row[p] for p in P_COLUMNS] == pytest.approx([math.exp(x) / 0.9 for x in logprobs(ids)], abs=1e-9)
     gates = {(r["name"], r["level"]) for r in invariants.table(root, "gates")}
     assert ("canaries", "ok") in gates

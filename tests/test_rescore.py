@@ -99,6 +99,16 @@ def test_a_second_run_scores_only_the_pairs_of_a_changed_product(spark: SparkSes
 
 
 @pytest.mark.slow
+def test_a_second_run_scores_nothing_and_writes_no_row(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    rescore(spark, root, scoring())
+    version = delta.version(spark, root, "label_probs")
+    run = rescore(spark, root, scoring())
+    assert (run.counts.get("scored", 0), run.engine_loads) == (0, None)
+    assert delta.version(spark, root, "label_probs") == version
+
+
+@pytest.mark.slow
 def test_a_night_costs_what_changed(spark: SparkSession, root: str) -> None:
     text = "Boils water for four cups of tea in three minutes. " * 5
     kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, text) for i in range(100)]
