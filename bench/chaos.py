@@ -1,15 +1,17 @@
 """Nightly and backfill together, killed at random, until every kill has fired: is the end that of an undisturbed run?
 
-python -m bench.chaos --folder F [--kills 200] [--least 30] [--pairs 500] [--seed 7] [--minutes 150] [--cluster]
+python -m bench.chaos --folder F [--kills 200] [--least 30] [--pairs 500] [--seed 7] [--minutes 150]
+                      [--cluster] [--real]
 
-Two drivers, `rescore` and `backfill`, work on one folder of tables with a fast engine that needs no model. This process
-kills at random: a driver (its Python), an executor (its JVM, which in local mode is the driver's; with --cluster there
+Two drivers, `rescore` and `backfill`, work on one folder of tables with a fast engine that needs no model, or with
+--real with vLLM and a tiny random model (its engine lives in the Python worker and dies with it). This process kills at
+random: a driver (its Python), an executor (its JVM, which in local mode is the driver's; with --cluster there
 is a standalone cluster of two workers, and executors are processes of their own), a Python worker, an engine (which
 exits in the middle of a prompt, as a broken one does), and starts again what died. When both drivers are done, a fresh
 model's turn begins, and before each night some products get another text. Each kill that fired is a line of
 F/journal.jsonl, from which an interrupted run goes on. A reader (delta-rs) looks at `label_probs` all the while. At the
 end of each turn, every version of the tables is audited (tests/invariants.py), and the rows are compared with those
-that the engine, which is a pure function of the prompt, must have given.
+that the engine must have given: the fast one is a pure function of the prompt, vLLM is held against plain transformers.
 """
 
 from __future__ import annotations
@@ -44,13 +46,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=150.0)
     parser.add_argument("--cluster", nargs="?", const="", help="on a standalone cluster of two workers")
+    parser.add_argument("--real", action="store_true", help="vLLM in float32 with a tiny random model")
     parser.add_argument("--job", choices=JOBS, help="(for the drivers that this one starts)")
     parser.add_argument("--turn", type=int, default=0, help="(likewise)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.job:
-        drive(args.folder, args.job, args.turn, args.pairs, args.cluster)
+        drive(args)
         return 0
+    if args.real and not (args.folder / "model" / "prompt.json").exists():
+        from tests.models import tiny_model
+
+        tiny_model(args.folder / "model")
     if args.cluster is None:
         return Chaos(args).run()
     from tests.cluster import cluster
@@ -67,6 +74,7 @@ class Chaos:
 
     def __init__(self, args: argparse.Namespace, workers: Sequence[int] = ()) -> None:
         self.workers = workers  # of a cluster
+        self.kinds = [kind for kind in KINDS if kind != "engine" or not args.real]
         self.args, self.folder = args, args.folder
         self.journal = self.folder / "journal.jsonl"
         self.random = random.Random(args.seed + len(self.fired()))  # noqa: S311 (a schedule)
@@ -86,8 +94,8 @@ class Chaos:
         """The kinds that are still to be killed, those that lack most more often."""
         count = Counter(kill["kind"] for kill in self.fired())
         if sum(count.values()) < self.args.kills:
-            return [kind for kind in KINDS for _ in range(max(1, self.args.least - count[kind]))]
-        return [kind for kind in KINDS for _ in range(max(0, self.args.least - count[kind]))]
+            return [kind for kind in self.kinds for _ in range(max(1, self.args.least - count[kind]))]
+        return [kind for kind in self.kinds for _ in range(max(0, self.args.least - count[kind]))]
 
     def run(self) -> int:
         """Turn after turn; 1 where anything was broken."""
@@ -153,6 +161,7 @@ class Chaos:
         self.lives[job] = time.monotonic() + self.random.uniform(25, 120)
         words = [sys.executable, "-m", "bench.chaos", "--folder", str(self.folder), "--job", job, "--turn", str(turn)]
         words += ["--pairs", str(self.args.pairs), *(["--cluster", self.args.cluster] if self.args.cluster else [])]
+        words += ["--real"] if self.args.real else []
         log = open(self.folder / f"{job}.log", "ab")  # noqa: SIM115 (the child's)
         return subprocess.Popen(words, cwd=REPO, stdout=log, stderr=log, start_new_session=True)  # noqa: S603
 
@@ -222,7 +231,7 @@ class Chaos:
         for row in invariants.table(root, "label_probs"):
             if row["model_id"] == model_id(turn) and row["outcome"] != "scored":
                 found.append(f"{row['pair_id']} is {row['outcome']}")
-        found += wrong_answers(root, turn)
+        found += wrong_answers(root, turn, what_scores(self.args, turn), self.args.real)
         self.breaches += [f"turn {turn}: {breach}" for breach in found]
 
 
@@ -258,16 +267,26 @@ def model_id(turn: int) -> str:
     return f"{turn:016x}"
 
 
-def what_scores(folder: Path, turn: int) -> Any:
-    """The model of a turn, with an engine that may be told to die."""
+def what_scores(args: argparse.Namespace, turn: int) -> Any:
+    """The model of a turn, with an engine that may be told to die, or the real one."""
     from dataclasses import replace
 
     from tests.engines import load_doomed
     from tests.test_rescore import scoring
+    from udfs.engine import EngineSettings
+    from udfs.model import inspect
+    from udfs.prompt import load
+    from udfs.score import Scoring
 
-    what = scoring()
-    settings = replace(what.settings, model=str(folder))
-    return replace(what, model=replace(what.model, model_id=model_id(turn)), settings=settings, load_engine=load_doomed)
+    if args.real:
+        model = inspect(str(args.folder / "model"))
+        prompt = load(model.prompt_file or "", model.tokenizer_json, model.vocab_size)
+        settings = EngineSettings(model=str(args.folder / "model"), dtype="float32", kv_cache_gib=0.25)
+        what = Scoring(model, "external", prompt, settings)
+    else:
+        what = scoring()
+        what = replace(what, settings=replace(what.settings, model=str(args.folder)), load_engine=load_doomed)
+    return replace(what, model=replace(what.model, model_id=model_id(turn)))
 
 
 def products(count: int, text: int) -> list[Any]:
@@ -281,55 +300,57 @@ def products(count: int, text: int) -> list[Any]:
     ]
 
 
-def drive(folder: Path, job: str, turn: int, pairs: int, master: str | None = None) -> None:
+def drive(args: argparse.Namespace) -> None:
     """One driver's life."""
     from jobs import rescore as night
     from jobs.backfill import backfill
-    from partitioner import prefix
+    from partitioner import prefix, waves
     from schemas import delta
     from tests.conftest import QUICK
     from tests.test_rescore import put
 
-    night.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 1500
-    root = str(folder / "tables")
+    waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 1500
+    root = str(args.folder / "tables")
     conf = dict(QUICK)
-    if master:
-        conf |= {"spark.master": master, "spark.cores.max": "2", "spark.executor.cores": "1"}
+    if args.cluster:
+        conf |= {"spark.master": args.cluster, "spark.cores.max": "2", "spark.executor.cores": "1"}
         conf |= {"spark.executor.memory": "1g"}
-    spark = delta.session(job, conf)
+    spark = delta.session(args.job, conf)
     queries = [f"kettle {i}" for i in range(10)]
-    if job == "rescore":
-        put(spark, root, products(pairs // 10, 0 if not (Path(root) / "pairs").exists() else turn), queries)
+    if args.job == "rescore":
+        text = args.turn if (Path(root) / "pairs").exists() else 0
+        put(spark, root, products(args.pairs // 10, text), queries)
     while not delta.exists(spark, root, "gates") or not delta.version(spark, root, "pairs"):
         time.sleep(0.5)
-    (night.rescore if job == "rescore" else backfill)(spark, root, what_scores(folder, turn))
+    (night.rescore if args.job == "rescore" else backfill)(spark, root, what_scores(args, args.turn))
     spark.stop()
 
 
-def wrong_answers(root: str, turn: int) -> list[str]:
+def wrong_answers(root: str, turn: int, what: Any, real: bool) -> list[str]:
     """Rows of a turn whose probabilities are not those of their pair's prompt."""
     import math
 
+    from jobs import check
     from schemas.labels import P_COLUMNS
     from tests import invariants
     from tests.engines import logprobs
-    from tests.test_rescore import scoring
-    from udfs.prompt import renderer
-    from udfs.render import product_text
 
-    render = renderer(scoring().prompt)
     text = {row["pair_id"]: row for row in invariants.table(root, "pairs")}
-    found = []
-    for row in invariants.table(root, "label_probs"):
-        if row["model_id"] != model_id(turn) or row["outcome"] != "scored":
-            continue
-        pair = text[row["pair_id"]]
+    for pair in text.values():
         pair["attributes"] = dict(pair["attributes"] or {})
-        ids = render.join(render.product(**product_text(pair)), render.query(pair["query"]))
-        expected = [math.exp(x) / 0.9 for x in logprobs(ids)]
-        if max(abs(row[p] - e) for p, e in zip(P_COLUMNS, expected, strict=True)) > 1e-9:
-            found.append(f"{row['pair_id']} has another prompt's probabilities")
-    return found
+    rows = [row for row in invariants.table(root, "label_probs") if row["model_id"] == model_id(turn)]
+    rows = [row for row in rows if row["outcome"] == "scored"]
+    asked = check.prompts(what.prompt, [text[row["pair_id"]] for row in rows])
+    if real:
+        expected = check.in_own_process(check.plain_model, what.settings.model, asked, what.prompt.label_ids)
+    else:
+        expected = [[math.exp(x) / 0.9 for x in logprobs(ids)] for ids in asked]
+    allowed = check.ALLOWED if real else 1e-9
+    return [
+        f"{row['pair_id']} has another prompt's probabilities"
+        for row, own in zip(rows, expected, strict=True)
+        if max(abs(row[p] - e) for p, e in zip(P_COLUMNS, own, strict=True)) > allowed
+    ]
 
 
 if __name__ == "__main__":

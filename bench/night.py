@@ -1,15 +1,16 @@
 """One night through the job and through bare vLLM: the same prompts, the same order, the same machine, in turns.
 
 python -m bench.night [--model demo-base|tiny|FOLDER] [--shape log|wands|esci] [--products 100] [--rounds 3]
-                      [--kv-cache-gib 1] [--arrival] [--server]
+                      [--kv-cache-gib 1] [--arrival] [--server] [--ray]
 
 The night: products of the demo catalogue, each with some queries. Shapes: log, 30 pairs a product and queries by Zipf's
 law; wands, 5 pairs a product and 480 a query; esci, 1.5 pairs a product. A round runs, each in a process of its own,
 bare vLLM (`LLM.generate` on the job's prompts in the job's order), the same on prompts whose product part is not cut at
 a block's boundary, and the whole rescore job on local Spark. --arrival adds the job on pairs in the order they came
 (its planner does not sort), --server a vLLM API server on this machine that Spark tasks ask over HTTP, a pair a
-request, 128 at a time. Printed are pairs a second, ratios, and the tokens computed against the trie's nodes and the
-block floor.
+request, 128 at a time, --ray Ray Data's batch processor around one vLLM engine (ray[data] is not among the project's
+packages); both get the pairs in the order they came. Printed are pairs a second, ratios, and the tokens computed
+against the trie's nodes and the block floor.
 
 Engine start-up and one warm-up are left out on all sides. "engine" is the time the engine was at work, "waves" the wall
 time of scoring, landing and merging, "job" all of it with planning, Delta and Spark's streaming.
@@ -19,10 +20,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -46,7 +50,10 @@ def main() -> None:
     parser.add_argument("--kv-cache-gib", type=float, default=1.0)
     parser.add_argument("--arrival", action="store_true", help="also the job without its plan")
     parser.add_argument("--server", action="store_true", help="also Spark asking a vLLM API server")
+    parser.add_argument("--ray", action="store_true", help="also Ray Data's batch processor")
     args = parser.parse_args()
+    if args.ray and importlib.util.find_spec("ray") is None:
+        parser.error('--ray wants Ray Data, which is not installed: .venv/bin/uv pip install "ray[data]"')
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(args.model, Path(folder))
         night = a_night(args.products, args.shape)
@@ -62,6 +69,8 @@ def main() -> None:
                 figures["arrival"] = apart(the_job, model, night, f"{root}-arrival", cache, True)
             if args.server:
                 figures["server"] = apart(over_http, model, prompts["arrival"], cache)
+            if args.ray:
+                figures["ray"] = apart(by_ray, model, prompts["arrival"], cache)
             rounds.append(figures)
             print(f"round {number + 1}: {summary(figures, len(night))}", flush=True)
         report(rounds, len(night), args)
@@ -112,20 +121,7 @@ def bare_vllm(model: str, prompts: list[list[int]], cache: float) -> dict[str, A
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     from vllm import LLM, SamplingParams
 
-    from udfs.engine import EngineSettings
-
-    settings = EngineSettings(model=model, kv_cache_gib=cache)
-    llm: Any = LLM(
-        model=model,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        block_size=settings.block_size,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
-        hf_overrides={"head_dtype": "float32"},
-    )
+    llm: Any = LLM(model=model, **as_the_job(model, cache))
     ask = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=[1, 2, 3, 4], detokenize=False)
     warm = [{"prompt_token_ids": ids} for ids in prompts[:256]]
     llm.generate(warm, ask, use_tqdm=False)
@@ -138,10 +134,26 @@ def bare_vllm(model: str, prompts: list[list[int]], cache: float) -> dict[str, A
     return {"seconds": seconds, "computed": computed}
 
 
+def as_the_job(model: str, cache: float) -> dict[str, Any]:
+    """What the job's engine is told, for peers."""
+    from udfs.engine import EngineSettings
+
+    settings = EngineSettings(model=model, kv_cache_gib=cache)
+    return {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "block_size": settings.block_size,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+        "hf_overrides": {"head_dtype": "float32"},
+    }
+
+
 def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
     """Seconds that Spark's tasks take to ask an API server on this machine, each pair in a request of its own."""
     import subprocess
-    import sys
     import urllib.request
 
     from schemas import delta
@@ -208,6 +220,40 @@ def asker(url: str, model: str) -> Any:
     return ask
 
 
+def by_ray(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
+    """Seconds from the first request's arrival in the engine of Ray Data's batch processor to the last row's return."""
+    # It calls home unless told not to; its workers take the packages of this process.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    ray: Any = importlib.import_module("ray")
+    llm: Any = importlib.import_module("ray.data.llm")
+    ray.init(include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", object_store_memory=2**30)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    config = llm.vLLMEngineProcessorConfig(
+        model_source=model,
+        engine_kwargs=as_the_job(model, cache),
+        batch_size=256,
+        concurrency=1,
+        log_engine_metrics=False,
+        placement_group_config={"bundles": [{"CPU": 1}]},  # no GPU
+        **{f"{name}_stage": {"enabled": False} for name in ("chat_template", "tokenize", "detokenize")},
+    )
+    ask = {"max_tokens": 1, "temperature": 0.0, "logprobs": 5, "detokenize": False}
+    process = llm.build_processor(
+        config,
+        preprocess=lambda row: {"tokenized_prompt": row["ids"], "sampling_params": ask, "warm": row["warm"]},
+        postprocess=lambda row: {"arrived": row["metrics"]["arrival_time"], "warm": row["warm"]},
+    )
+    warm = [{"ids": ids[::-1], "warm": True} for ids in prompts[:256]]
+    rows = ray.data.from_items([*warm, *({"ids": ids, "warm": False} for ids in prompts)])
+    answered = [row["arrived"] for row in process(rows).iter_rows() if not row["warm"]]
+    seconds = time.time() - min(answered)
+    ray.shutdown()
+    if len(answered) != len(prompts):
+        raise RuntimeError(f"{len(answered)} of {len(prompts)} answers came")
+    return {"seconds": seconds}
+
+
 def the_job(model: str, night: list[dict[str, Any]], root: str, cache: float, arrival: bool = False) -> dict[str, Any]:
     """Ingests the night, warms the engine up on a few pairs, rescores the rest; writes the prompts it used.
 
@@ -216,12 +262,13 @@ def the_job(model: str, night: list[dict[str, Any]], root: str, cache: float, ar
     from pyspark.sql import functions as F
 
     from jobs import ingest, rescore
-    from partitioner import prefix
+    from partitioner import prefix, waves
     from schemas import delta
     from udfs.engine import EngineSettings
     from udfs.model import inspect
     from udfs.prompt import load
     from udfs.render import rendered
+    from udfs.score import Scoring
 
     file = Path(f"{root}.jsonl")
     # Other texts than the night's, or its prefixes would be in the cache before it begins.
@@ -229,7 +276,7 @@ def the_job(model: str, night: list[dict[str, Any]], root: str, cache: float, ar
     looked_at = inspect(model)
     spec = json.loads(Path(looked_at.prompt_file or "").read_text())
     prompt = load(spec, looked_at.tokenizer_json, looked_at.vocab_size)
-    what = rescore.Scoring(looked_at, "external", prompt, EngineSettings(model=model, kv_cache_gib=cache))
+    what = Scoring(looked_at, "external", prompt, EngineSettings(model=model, kv_cache_gib=cache))
     if arrival:
         lined_up = prefix.lined_up
 
@@ -243,15 +290,15 @@ def the_job(model: str, night: list[dict[str, Any]], root: str, cache: float, ar
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         ingest.main(["--tables", root, "--pairs", str(file), "--source", "bench"])
         spark = delta.session("bench")
-        timed = Timed(rescore.Waves.run_line)
-        setattr(rescore.Waves, "run_line", timed.method)  # noqa: B010
+        timed = Timed(waves.Waves.run_line)
+        setattr(waves.Waves, "run_line", timed.method)  # noqa: B010
         began = time.monotonic()
         run = rescore.rescore(spark, root, what)
         # The first pass loaded the engine; where it was lost meanwhile, loading is no pace either.
         loading = run.figures.get("seconds_startup", 0.0)
         seconds = {"job": time.monotonic() - began - loading, "waves": timed.seconds - loading}
         seconds["engine"] = run.engine_seconds or 0.0
-        setattr(rescore.Waves, "run_line", timed.inner)  # noqa: B010
+        setattr(waves.Waves, "run_line", timed.inner)  # noqa: B010
     pairs = delta.read(spark, root, "pairs").where("product_id NOT LIKE 'warm-%'")
     unaligned = load({**spec, "block": 1}, looked_at.tokenizer_json, looked_at.vocab_size)
     prompts = {
@@ -294,8 +341,7 @@ def summary(figures: dict[str, Any], pairs: int) -> str:
     seconds = {"bare": figures["bare"]["seconds"]} | {name: figures[name] for name in ("engine", "waves", "job")}
     if "arrival" in figures:
         seconds["arrival"] = figures["arrival"]["job"]
-    if "server" in figures:
-        seconds["server"] = figures["server"]["seconds"]
+    seconds |= {peer: figures[peer]["seconds"] for peer in ("server", "ray") if peer in figures}
     return " · ".join(f"{name} {pairs / s:,.1f} pairs/s ({seconds['bare'] / s:.2f})" for name, s in seconds.items())
 
 
@@ -306,7 +352,7 @@ def report(rounds: list[dict[str, Any]], pairs: int, args: argparse.Namespace) -
     for name in ("engine", "waves", "job"):
         ratios = sorted(r["bare"]["seconds"] / r[name] for r in rounds)
         print(f"  {name:<7} ÷ bare vLLM  median {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    for peer in ("arrival", "server"):
+    for peer in ("arrival", "server", "ray"):
         if peer in one:
             took = [r[peer].get("job", r[peer].get("seconds")) for r in rounds]
             ratios = sorted(other / r["job"] for other, r in zip(took, rounds, strict=True))

@@ -80,8 +80,8 @@ def main() -> None:
 
 def executors(folder: Path, pairs: int) -> None:
     """Times the waves of the same backfill on one executor and on two."""
-    from jobs import rescore
     from jobs.backfill import backfill
+    from partitioner import waves
     from schemas import delta
     from tests.cluster import cluster
     from tests.test_rescore import put, scoring
@@ -95,7 +95,7 @@ def executors(folder: Path, pairs: int) -> None:
             put(spark, root, kettles(10), [f"warm {i}" for i in range(10)])
             backfill(spark, root, what)
             put(spark, root, kettles(pairs // 10), [f"kettle {i}" for i in range(10)])
-            rescore.WAVE_SECONDS = 30.0
+            waves.WAVE_SECONDS = 30.0
             run = backfill(spark, root, what)
             took[count] = run.figures["seconds_scoring"]
             print(

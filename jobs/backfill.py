@@ -26,8 +26,6 @@ from pyspark.sql import functions as F
 from jobs.promote_thresholds import share
 from jobs.rescore import (
     Night,
-    Scoring,
-    Stopped,
     add_night_flags,
     add_scoring_flags,
     end_when_told,
@@ -39,11 +37,13 @@ from jobs.rescore import (
     scoring,
 )
 from partitioner import engines, prefix, thresholds
+from partitioner.waves import Stopped
 from schemas import delta, runs
 from schemas.crash import crash
 from schemas.labels import LABELS
 from schemas.tables import PAIRS, SEGMENT_COLUMNS
 from udfs import adapter
+from udfs.score import Scoring
 
 JOB = "backfill"
 ORDERS = ("weight", "updated_at")

@@ -38,6 +38,7 @@ from udfs.engine import EngineSettings, VllmEngine
 from udfs.model import fetched
 from udfs.prompt import Prompt, renderer
 from udfs.render import PRODUCT_TEXT, product_text
+from udfs.score import Scoring
 
 ALLOWED = 1e-3  # |Δp| between engine and plain model, both in float32
 LEAST_DISK = 2 * 2**30
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
 Point = tuple[str, bool, str]  # what, whether it is in the way, what was found and which command mends it
 
 
-def looked_at(args: argparse.Namespace) -> tuple[list[Point], rescore.Scoring | None]:
+def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
     """All that a night needs, looked at one by one; and what would score, where that is in order."""
     points: list[Point] = [("versions", *versions()), ("device", *device())]
     spark, what = None, None

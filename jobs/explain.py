@@ -19,7 +19,8 @@ from pyspark.logger import PySparkLogger
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.rescore import Scoring, Waves, add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
+from jobs.rescore import add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
+from partitioner.waves import Waves
 from schemas import delta, runs
 from schemas.labels import LABELS, NAMES
 from schemas.tables import EXPLANATIONS
@@ -28,6 +29,7 @@ from udfs.answer import Form, form
 from udfs.engine import Sampling
 from udfs.render import rendered
 from udfs.sample import sampled_schema, sampler
+from udfs.score import Scoring
 
 JOB = "explain"
 SHOWN = 5

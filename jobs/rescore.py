@@ -4,104 +4,52 @@ rescore --tables T [--model M] [--also M2] [--prompt FILE] [--every "5 minutes"]
 
 M is `demo`, a model folder, a registered model_id, or `active`, the model of the thresholds in force (the default once
 there are any): a stream that stays then follows a promotion. The stream follows the change feed of `pairs`. A batch of
-changes may be of any size (the feed's own limits count files, not rows), so it is lined up by prefix, cut into waves of
-about a minute of engine work, and each wave is landed, looked at, and merged in one commit while the engines go on with
-the next. What a wave has merged is never scored again: a pair is known by (content_hash, model, prompt), so a batch
-that is repeated after a kill goes on where it stopped. Where pairs bear a weight, the heaviest products come first.
+changes may be of any size (the feed's own limits count files, not rows), so it is lined up by prefix and scored in
+waves of about a minute of engine work (partitioner/waves.py), each merged in one commit. What a wave has merged is
+never scored again: a pair is known by (content_hash, model, prompt), so a batch that is repeated after a kill goes on
+where it stopped. Where pairs bear a weight, the heaviest products come first.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import signal
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TypeVar
 
 from pyspark.errors import StreamingQueryException
-from pyspark.resource import ResourceProfile
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import demo.model
-from partitioner import engines, prefix, thresholds
-from schemas import delta, files, runs, tables
+from partitioner import engines, prefix, thresholds, waves
+from partitioner.waves import Stopped, Waves
+from schemas import delta, runs
 from schemas.crash import crash
-from schemas.delta import GaveUp
 from schemas.labels import LABELS, P_COLUMNS
 from udfs import adapter, selfcheck
-from udfs.engine import Engine, EngineSettings, load
-from udfs.model import Model, cache_folder, fetched, inspect, is_uri, manifest
-from udfs.prompt import Prompt, renderer
+from udfs.engine import EngineSettings
+from udfs.model import cache_folder, fetched, inspect, is_uri, manifest
 from udfs.prompt import load as load_prompt
-from udfs.render import product_text, rendered
-from udfs.score import scored_schema, scorer
-from udfs.stream import loader
+from udfs.render import rendered
+from udfs.score import Scoring, scored_schema, scorer
 
 T = TypeVar("T")
-WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
-TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of half a second
-# A decoded token costs about three prefilled ones on CPU (1,233 against 453 a second); it only sizes a first wave.
-DECODE_COST = 3
-CHECKED_PROMPTS = 12  # in the first-use self check
-POISONS = 8  # pairs in one wave that may kill their engine; more is the engine's or the machine's own fault
 MAX_REFUSED = 1000  # rows of a run
-CANARIES = 5  # known prompts in a shard, as far as their share of the tokens allows
-CANARY_SHARE = 0.005  # of the tokens of work
 NOISE_SAMPLE = 64  # pairs of a run that are asked again in another order
 ASKED = "noise_pairs"  # figure: how many
 FOLLOWED_SECONDS = 20  # between two looks at which model is in force
-NOT_FINITE_SHARE = 0.1  # of a wave's answers: more is a broken engine, not odd pairs
 PORTIONS = 8  # of a line, by how much they are wanted
 MIX_PAIRS = 100  # of a run: with fewer, its mix of labels says nothing
 GATES_SECONDS = 3600.0  # between two looks at the gates in a stream that stays
 STOPPED = 5  # exit code: ended early, as asked
 ACTIVE = "active"
 JOB = "rescore"
-stop_asked = threading.Event()  # by a signal
-
-
-@dataclass(frozen=True)
-class Canary:
-    """A prompt, and the p of labels 4, 3, 2, 1 that the engine gave it when it was asked alone, uncached."""
-
-    ids: list[int]
-    p: list[float]
-
-
-class Stopped(Exception):
-    """The run ends early, as asked; what is merged is kept, and the next run goes on from there."""
-
-
-class TooManyRefused(RuntimeError):
-    """More rows without an answer than the operator allows."""
-
-    exit_code = 3
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What scores: a model folder that was looked at, the prompt it is asked with, and the engine's settings."""
-
-    model: Model
-    stage: str
-    prompt: Prompt
-    settings: EngineSettings
-    load_engine: Callable[[EngineSettings], Engine] = load
-
-    @property
-    def regime(self) -> tuple[str, str]:
-        """model_id and prompt_id, by which rows and thresholds belong together."""
-        return self.model.model_id, self.prompt.prompt_id
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
@@ -321,7 +269,7 @@ def add_night_flags(parser: argparse.ArgumentParser) -> None:
 def end_when_told() -> None:
     """SIGTERM ends the job after the wave at work, as the deadline does: a machine that is taken away gives notice."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
+        signal.signal(signal.SIGTERM, lambda *_: waves.stop_asked.set())
 
 
 def next_time(text: str) -> datetime:
@@ -449,421 +397,6 @@ def refuse_foreign_prompt(spark: SparkSession, root: str, what: Scoring) -> None
         )
     if trained is None:
         print(f"model {what.model.model_id} was not trained with a prompt of this project; look at p_outside")
-
-
-class Waves:
-    """A run of engines over lines of prompts, wave by wave: plans, checks first use, keeps the run's row.
-
-    What a wave asks and writes is its owner's; `done` is the outcome of a row that counts as done.
-    """
-
-    done = "scored"
-    max_refused: float = math.inf  # rows of a run without an answer
-    deadline: datetime | None = None  # no wave begins after it; local time
-    rides = False  # whether canaries ride along: only where labels are asked for
-    stays = False  # whether it is a stream that does not end; max_refused is then of a batch
-    least: int | None = None  # tokens of work in a wave (HOT_TOKENS): below, a commit is dearer than what it saves
-    _held: ClassVar[EngineSettings | None] = None  # what the workers' engines were last loaded with
-
-    def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
-        self.spark, self.root, self.what, self.run = spark, root, what, run
-        self.settings_hash = what.settings.hash
-        self.known: list[Canary] = []  # prompts with known answers, which ride along
-        self.seconds: dict[str, float] = defaultdict(float)  # wall time by what it went to
-        self._engines: set[str] = set()
-        self._rate = 0.0  # tokens of work (of the line) per second and engine, as last measured
-        self._work = 0  # tokens of work done
-        self._outside: float | None = None  # sum of p_outside over scored rows
-        self._owed = 0.0  # tokens that canaries may still cost
-        self._loading: Future[None] | None = None
-        self._merging: tuple[str, dict[str, Any], Future[None]] | None = None
-        self._told = time.monotonic()  # when the run's row was last written
-        self._allowed_refused = self.max_refused
-        self._poison: list[str] = []  # pairs on which an engine died in this run
-
-    def ask(self, rows: DataFrame) -> DataFrame:
-        """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers."""
-        raise NotImplementedError
-
-    def write(self, answered: DataFrame, wave_id: str) -> None:
-        """Writes a wave's landed answers, in one commit. Runs while the engines are at the next wave."""
-        raise NotImplementedError
-
-    def asked_to_stop(self) -> str | None:
-        """Why no more work is to begin; None where it may."""
-        if stop_asked.is_set():
-            return "asked to end (SIGTERM)"
-        if self.deadline and datetime.now() >= self.deadline:
-            return f"the deadline {self.deadline:%H:%M} is reached"
-        return None
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Adds the wall time spent in here to `seconds`."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.monotonic() - began
-
-    def land_line(self, prompts: DataFrame, name: str) -> prefix.Line:
-        """Lines prompts (of `rendered`) up by prefix and lands the line, so that every wave cuts the same one."""
-        with self.timed("planning"):
-            landed = delta.scratch(self.root, self.run.run_id, f"{name}-line")
-            parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
-            prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
-            return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
-
-    def planned(self, line: prefix.Line, total: int, seconds: float) -> None:
-        """Notes and tells what a line asks for; `total` are the pairs that were looked at."""
-        self._add(prompt_tokens=line.prompt_tokens, trie_nodes=line.trie_nodes, block_floor=line.block_floor)
-        print(
-            f"{self.run.job}: {line.prompts:,} of {total:,} pairs to do · {line.prompt_tokens:,} prompt tokens, "
-            f"{line.block_floor:,} to compute with shared prefixes · planned in {seconds:.0f} s",
-            flush=True,
-        )
-
-    def take_engines(self) -> None:
-        """Ends the workers' engines where they were loaded with other settings: two do not fit beside each other."""
-        if Waves._held not in (None, self.what.settings):
-            engines.end(self.spark, self.what.settings.tensor_parallel)
-        Waves._held = self.what.settings
-
-    def begin_loading(self) -> None:
-        """Has the engines loaded while the driver plans; there must be something to do for them."""
-        self.take_engines()
-        settings = self.what.settings
-        count = engines.count(self.spark, settings.tensor_parallel)
-        with engines.own_workers(self.spark):  # of this thread's functions alone, so the plan is made here
-            loads = self.spark.range(count).repartition(count)
-            loads = loads.mapInArrow(loader(settings, self.what.load_engine), "id BIGINT", profile=self._profile())
-
-        def load_all() -> None:
-            with self.timed("loading"):
-                loads.collect()
-
-        once = ThreadPoolExecutor(1, "load")
-        self._loading = once.submit(load_all)
-        once.shutdown(wait=False)
-
-    def check_first_use(self, line: prefix.Line) -> None:
-        """Registers the model after its engine agreed with itself; raises RuntimeError, before a row, where not."""
-        self.take_engines()
-        if self._loading is not None:  # a task beside it would load another engine
-            with self.timed("loading_waited"):
-                self._loading.result()
-            self._loading = None
-        what = self.what
-        about = f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
-        row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == what.model.model_id).head()
-        metrics, config = (dict((row[name] if row else None) or {}) for name in ("metrics", "config"))
-        if f"self_check_dp {about}" in metrics:
-            self._rate = metrics.get("tokens_per_second", 0.0)
-            self.known = [Canary(**canary) for canary in json.loads(config.get(f"canaries {about}", "[]"))]
-            return
-        fitting = line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS)
-        sample = [list(r["ids"]) for r in fitting.collect()]
-        check = selfcheck.checker(
-            what.settings, what.prompt.label_ids, sample, canaries(what.model, what.prompt), what.load_engine
-        )
-        with self.timed("check"), engines.own_workers(self.spark):
-            found = (
-                self.spark.range(1)
-                .repartition(1)
-                .mapInArrow(check, selfcheck.SCHEMA, profile=self._profile())
-                .collect()[0]
-            )
-        sample = list(selfcheck.asked(sample, found["attempt"]))
-        allowed = selfcheck.NOISE[found["dtype"]]
-        print(
-            f"{self.run.job}: first use of model {what.model.model_id}: the engine agrees with itself within "
-            f"{found['self_check_dp']:.1e} in {found['dtype']} (allowed {allowed:.0e})",
-            flush=True,
-        )
-        for difference, than in ((found["self_check_dp"], "itself"), (found["canaries_dp"], "its canaries.json")):
-            if difference is not None and not difference <= allowed:
-                raise RuntimeError(
-                    f"the engine ({found['engine_version']}, {found['dtype']}) does not agree with {than}: |Δp| is "
-                    f"{difference:.2e}, allowed {allowed:.0e}. Nothing was written. Try --dtype float32, another "
-                    "version of vllm, or look at the model with: check --parity --model " + what.model.path
-                )
-        self._rate = found["tokens_per_second"]
-        alone = [Canary(ids, list(p)) for ids, p in zip(sample, found["alone"], strict=True)]
-        self.known = sorted((c for c in alone if not any(map(math.isnan, c.p))), key=lambda c: len(c.ids))[:CANARIES]
-        self._register(
-            {f"self_check_dp {about}": found["self_check_dp"], "tokens_per_second": self._rate},
-            {f"canaries {about}": json.dumps([asdict(canary) for canary in self.known])},
-        )
-
-    def slow_down(self, line: prefix.Line, decoded: int) -> None:
-        """Makes the rate a low guess for prompts with up to `decoded` tokens written after each, for the first wave."""
-        self._rate *= line.length / (line.length + line.prompts * decoded * DECODE_COST)
-
-    def run_line(self, line: prefix.Line, name: str) -> None:
-        """Puts a line to the engines in waves of about `WAVE_SECONDS`; each is merged while the next is asked.
-
-        Raises Stopped at the deadline, GaveUp where faults do not end, RuntimeError beyond `max_refused`.
-        """
-        at, wave, done, began = 0, 0, 0, time.monotonic()
-        self._allowed_refused = self.max_refused + (self.run.counts.get("refused", 0) if self.stays else 0)
-        with ThreadPoolExecutor(1, "merge") as merger:
-            try:
-                while at < line.length:
-                    if why := self.asked_to_stop():
-                        left = f"{line.prompts - done:,} of {line.prompts:,} pairs are left"
-                        raise Stopped(f"{why}; {left} for the next run")
-                    count = engines.count(self.spark, self.what.settings.tensor_parallel)
-                    width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
-                    # A last wave of a few rows would cost a commit of its own.
-                    end = line.length if line.length - at < 1.25 * width else at + width
-                    wave_id = f"{self.run.run_id}-{name}-{wave:04d}"
-                    answered, figures = self.ask_wave(line, at, end, count, wave_id)
-                    self._settle()
-                    if figures["rows"]:
-                        self._merging = (wave_id, figures, merger.submit(self._merge, answered, wave_id))
-                        done += int(figures["rows"])
-                    at, wave = end, wave + 1
-                    seconds = time.monotonic() - began
-                    print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
-            finally:
-                self._settle()
-        if done != line.prompts:
-            raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
-
-    def ask_wave(
-        self, line: prefix.Line, begin: int, end: int, shards: int, wave_id: str
-    ) -> tuple[DataFrame, dict[str, Any]]:
-        """Puts the interval [begin, end) of the line to the engines; returns the landed answers and their figures.
-
-        A wave in which a canary is off, or which is mostly no answers, is dropped and asked once more, of engines that
-        are loaded anew; raises GaveUp where that does not help.
-        """
-        riders = self._riders(line, end - begin, shards)
-        for again in (False, True):
-            landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-again" if again else wave_id)
-            with self.timed("scoring"), engines.own_workers(self.spark):
-                self.ask(line.shards(begin, end, shards, riders)).write.parquet(landed, mode="overwrite")
-            crash("landed")
-            answered = self.spark.read.parquet(files.literal(landed))
-            wrong = None
-            if riders is not None:
-                wrong = self._off(answered.where("pair_id IS NULL"))
-                answered = answered.where("pair_id IS NOT NULL")
-            if wrong is None:
-                answered = self.without_poison(line, answered, wave_id)
-                figures = self._figures(answered)
-                if figures["not_finite"] > max(3, NOT_FINITE_SHARE * figures["rows"]):
-                    wrong = f"{figures['not_finite']:,} of {figures['rows']:,} answers are not numbers"
-            if wrong is None:
-                break
-            if again:
-                raise GaveUp(
-                    f"gave up: {wrong}, with engines loaded anew too. Nothing of this wave was written, earlier waves "
-                    "are kept. Look at the machine's memory and GPU, and at: check --parity --model "
-                    + self.what.model.path
-                )
-            print(f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines", flush=True)
-            engines.end(self.spark, self.what.settings.tensor_parallel)
-        crash("checked")
-        if figures["seconds"]:
-            self._rate = (end - begin) / figures["seconds"]
-            self._work += end - begin
-        return answered, figures
-
-    def _riders(self, line: prefix.Line, work: int, shards: int) -> DataFrame | None:
-        """Canaries for each shard of a wave, as many as `CANARY_SHARE` of the tokens of work pays for: one before the
-        shard's rows, the others behind them, where a cache that went wrong on the way shows."""
-        if not (self.rides and self.known):
-            return None
-        self._owed += CANARY_SHARE * work
-        cost = shards * sum(len(canary.ids) for canary in self.known) / len(self.known)
-        each = min(len(self.known), int(self._owed / cost))
-        if not each:
-            return None
-        self._owed -= each * cost
-        first, last = -1, 2**31 - 1  # parts of the line
-        rows = [
-            (canary.ids, len(canary.ids), 0, first if n == 0 else last, n, shard)
-            for shard in range(shards)
-            for n, canary in enumerate(self.known[:each])
-        ]
-        columns = "ids ARRAY<INT>, group_tokens INT, tokens_cut INT, part INT, position BIGINT, shard INT"
-        riders = self.spark.createDataFrame(rows, columns)
-        there = set(riders.columns)
-        others = [F.lit(None).cast(f.dataType).alias(f.name) for f in line.rows.schema if f.name not in there]
-        return riders.select("*", *others)
-
-    def _off(self, riders: DataFrame) -> str | None:
-        """A sentence where an engine answered a canary otherwise than when it was alone; None where all is well."""
-        worst = 0.0
-        for row in riders.where("outcome <> 'engine_failed'").select("position", "dtype", *P_COLUMNS).collect():
-            got, known = [row[p] for p in P_COLUMNS], self.known[row["position"]].p
-            worst = max(worst, selfcheck.largest_difference([[float("nan") if p is None else p for p in got]], [known]))
-            if not worst <= selfcheck.NOISE[row["dtype"]]:
-                return f"a canary's probabilities are off by {worst:.2e} (allowed {selfcheck.NOISE[row['dtype']]:.0e})"
-        old = self.run.figures.get("canaries_max_dp", 0.0)
-        self._measure(canaries_max_dp=max(old, worst))
-        return None
-
-    def _merge(self, answered: DataFrame, wave_id: str) -> None:
-        with self.timed("commit"):
-            self.write(answered, wave_id)
-        crash("merged")
-
-    def _settle(self) -> None:
-        """Waits for the wave that is being merged, and tells it. Raises RuntimeError beyond `max_refused`."""
-        if self._merging is None:
-            return
-        (wave_id, figures, merged), self._merging = self._merging, None
-        with self.timed("commit_waited"):
-            merged.result()
-        self._tally(figures)
-        crash("told")
-        delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
-        if self.run.counts.get("refused", 0) > self._allowed_refused:
-            raise TooManyRefused(
-                f"stopped: {self.run.counts['refused']:,} pairs were refused, more than --max-refused "
-                f"{self.max_refused:,}. What was judged is kept; column outcome of label_probs says why. Mend the "
-                "pairs or raise the limit, and start again."
-            )
-
-    def without_poison(self, line: prefix.Line, answered: DataFrame, wave_id: str) -> DataFrame:
-        """Asks again where an engine died on its shard, in ever smaller halves: what dies alone is `engine_failed`.
-
-        A worker that dies takes its shard's answers along, and Spark's next try of the task answers all of it with
-        `engine_failed` and keeps a fresh engine. Here such shards are cut in halves, each a task of its own, until a
-        half lives or is one prompt; that one is asked twice. So a poisonous prompt costs about log2(rows) engines, a
-        death by chance two tasks, and a prompt that kills in company only is scored. Raises GaveUp where more dies than
-        a few prompts can explain.
-        """
-        if "shard" not in answered.columns or "outcome" not in answered.columns:
-            return answered
-        died = F.col("outcome") == "engine_failed"
-        suspects = list(prefix.stretches(answered.where(died)).values())
-        if not suspects:
-            return answered
-        allowed = POISONS * (max(1, math.ceil(math.log2(answered.count()))) + 1)
-        deaths, level = len(suspects), 0
-        answered = answered.where(~died)
-        while suspects:
-            print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
-            pieces = dict(enumerate(half for stretch in suspects for half in prefix.halves(stretch)))
-            landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
-            # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
-            at_once = 1 if engines.is_local(self.spark) else len(pieces)
-            with self.timed("scoring"), engines.own_workers(self.spark):
-                for first in range(0, len(pieces), at_once):
-                    some = {number: pieces[number] for number in range(first, min(first + at_once, len(pieces)))}
-                    self.ask(line.pieces(some)).write.parquet(landed, mode="append")
-            asked = self.spark.read.parquet(files.literal(landed))
-            dead = prefix.stretches(asked.where(died))
-            alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
-            answered = answered.unionByName(asked.where(~died | F.col("shard").isin(alone)))
-            self._poison += [row["pair_id"] for row in asked.where(died & F.col("shard").isin(alone)).collect()]
-            suspects = [stretch for number, stretch in dead.items() if number not in alone]
-            deaths, level = deaths + len(dead) + len(alone), level + 1
-            if deaths > allowed:
-                raise GaveUp(
-                    f"gave up: engines died {deaths} times in one wave, more than {POISONS} bad pairs explain. Nothing "
-                    "of this wave was written, earlier waves are kept. The executors' logs say what the engine died "
-                    "of; often it is memory (--max-num-seqs, --max-num-batched-tokens, --kv-cache-gib)."
-                )
-        self._count(engine_deaths=deaths)
-        return answered
-
-    def _figures(self, answered: DataFrame) -> dict[str, Any]:
-        done = F.col("outcome") == self.done
-        there = answered.columns
-        row = answered.agg(
-            F.count("*").alias("rows"),
-            F.count_if(done).alias("done"),
-            F.count_if(F.col("outcome") == "not_finite").alias("not_finite"),
-            F.sum("p_outside" if "p_outside" in there else F.lit(None)).alias("outside"),
-            F.sum("answer_tokens" if "answer_tokens" in there else F.lit(None)).alias("generated"),
-            F.sum(F.when(done, F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
-            F.sum("tokens_cut").alias("cut"),
-            F.sum("engine_seconds").alias("seconds"),
-            F.sum("startup_seconds").alias("startup"),
-            F.collect_set("engine_id").alias("engines"),
-            F.first("engine_version", ignorenulls=True).alias("version"),
-            F.first("dtype", ignorenulls=True).alias("dtype"),
-        ).collect()[0]
-        return row.asDict()
-
-    def _tally(self, figures: dict[str, Any]) -> None:
-        """Adds a written wave to the run's row, and writes it now and then: a killed run shows how far it came."""
-        rows, done = int(figures["rows"]), int(figures["done"])
-        self._count(**{self.done: done}, refused=rows - done)
-        self._add(tokens_cut=int(figures["cut"]), waves=1)
-        for name in ("computed", "generated"):
-            if figures[name] is not None:
-                self._add(**{f"{name}_tokens": int(figures[name])})
-        self._engines |= set(figures["engines"])
-        if figures["outside"] is not None:
-            self._outside = (self._outside or 0.0) + float(figures["outside"])
-        all_done = self.run.counts[self.done]
-        self.run = replace(
-            self.run,
-            engine_seconds=(self.run.engine_seconds or 0.0) + float(figures["seconds"]),
-            engine_loads=len(self._engines),
-            p_outside=self._outside / all_done if all_done and self._outside is not None else None,
-            dtype=figures["dtype"] or self.run.dtype,
-            engine_version=figures["version"] or self.run.engine_version,
-            settings_hash=self.settings_hash,
-        )
-        self.seconds["startup"] += float(figures["startup"] or 0.0) / max(1, len(figures["engines"]))
-        self._split()
-        if time.monotonic() - self._told > TOLD_SECONDS:
-            runs.write(self.spark, self.root, self.run)
-            self._told = time.monotonic()
-
-    def _split(self) -> None:
-        """Wall time by what it went to, into the run's figures. seconds_scoring is all the time that engines were
-        asked; of it, a mean engine was loading (startup), at work (engine), or waiting (idle). commit_waited is the
-        part of commit that did not overlap with scoring."""
-        busy = (self.run.engine_seconds or 0.0) / max(1, engines.count(self.spark, self.what.settings.tensor_parallel))
-        idle = max(0.0, self.seconds["scoring"] - self.seconds["startup"] - busy)
-        told = {**self.seconds, "engine": busy, "idle": idle}
-        total = (datetime.now(UTC) - self.run.started_at.replace(tzinfo=UTC)).total_seconds()
-        self._measure(**{f"seconds_{k}": v for k, v in told.items()}, seconds_total=total)
-        if self.run.engine_seconds:
-            self._measure(tokens_per_second=self._work / self.run.engine_seconds)
-
-    def _count(self, **more: int) -> None:
-        counts = self.run.counts | {k: self.run.counts.get(k, 0) + v for k, v in more.items()}
-        self.run = replace(self.run, counts=counts)
-
-    def _add(self, **more: int) -> None:
-        sums: dict[str, Any] = {name: (getattr(self.run, name) or 0) + value for name, value in more.items()}
-        self.run = replace(self.run, **sums)
-
-    def _measure(self, **figures: float) -> None:
-        self.run = replace(self.run, figures=self.run.figures | {name: float(value) for name, value in figures.items()})
-
-    def _profile(self) -> ResourceProfile | None:
-        return engines.profile(self.spark, self.what.settings.tensor_parallel)
-
-    def _register(self, metrics: dict[str, float], config: dict[str, str]) -> None:
-        """What is known of the model stays; a folder that was trained elsewhere tells its story in training.json."""
-        model, recipe = self.what.model, adapter.recipe(self.what.model.path)
-        row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == model.model_id).head()
-        known = row.asDict() if row else {
-            "model_id": model.model_id,
-            "base": recipe.get("base", model.architecture),
-            "stage": recipe.get("stage", self.what.stage),
-            "weights_hash": model.weights_hash,
-            "created_at": datetime.now(UTC),
-            **{name: recipe.get(name) for name in ("prompt_id", "parent_id", "data_hash", "trained_on")},
-            "config": {name: str(value) for name, value in recipe.get("settings", {}).items()},
-        }  # fmt: skip
-        measured = {**recipe.get("metrics", {}), **(known.get("metrics") or {}), **metrics}
-        # A merged folder lies inside its adapter's, which a later stage goes on with.
-        path = known.get("path")
-        inside = path and Path(model.path).is_relative_to(path)
-        known |= {"path": path if inside else model.source, "metrics": measured}
-        known["config"] = {**(known.get("config") or {}), **config}
-        values = [known.get(name) for name in tables.MODELS.names]
-        delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [values]))
 
 
 def likeliest() -> Column:
@@ -1035,7 +568,7 @@ class Night(Waves):
         noise under every figure and every cut."""
         if ASKED in self.run.figures:
             return
-        count = min(NOISE_SAMPLE, max(4, int(line.prompts * CANARY_SHARE)))
+        count = min(NOISE_SAMPLE, max(4, int(line.prompts * waves.CANARY_SHARE)))
         some = line.rows.where(F.size("ids") < self.what.settings.max_model_len)
         some = some.where(~F.col("pair_id").isin(self._poison))
         some = some.orderBy(F.xxhash64("pair_id")).limit(count)
@@ -1140,39 +673,6 @@ def in_portions(pairs: DataFrame, wanted: Column, group: Sequence[str]) -> DataF
     keyed = best.select(*(F.col(c).alias(f"group_{c}") for c in group), portion.alias("portion"))
     same = [F.col(c).eqNullSafe(F.col(f"group_{c}")) for c in group]
     return pairs.join(keyed, same, how="inner").drop(*(f"group_{c}" for c in group))
-
-
-def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:
-    """Prompts and expected p (labels 4, 3, 2, 1) of the model folder's canaries.json; empty where it has none.
-
-    The file: a list of objects with query, title, whatever else of the product, and `p`. Raises ValueError.
-    """
-    if model.canaries_file is None:
-        return []
-    render = renderer(prompt)
-    expected = []
-    try:
-        for canary in json.loads(Path(model.canaries_file).read_text(encoding="utf-8")):
-            product = render.product(**product_text(canary))
-            p = [float(x) for x in canary["p"]]
-            if len(p) != len(LABELS) or not abs(sum(p) - 1) < 1e-3:
-                raise ValueError(f"p = {p}")
-            expected.append((render.join(product, render.query(canary["query"])), p))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{model.canaries_file}: {error!r}; each entry needs query, title, and p (four probabilities of "
-            "labels 4, 3, 2, 1, that sum to 1). Mend the file or remove it."
-        ) from error
-    return expected
-
-
-def progress(job: str, done: int, pairs: int, at: int, length: int, seconds: float) -> str:
-    """One line for people: pairs done of all, pairs and tokens a second, when it will be done."""
-    left = seconds / at * (length - at) if at else 0
-    return (
-        f"{job}: {done:,} of {pairs:,} pairs · {done / seconds:,.1f} pairs/s · {at / seconds:,.0f} tokens/s · "
-        f"{f'{left / 60:,.1f} min left' if at < length else f'{seconds:,.0f} s'}"
-    )
 
 
 def summary(run: runs.Run) -> str:

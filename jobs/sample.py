@@ -22,7 +22,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from jobs.rescore import Scoring, Waves, add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
+from jobs.rescore import add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
+from partitioner.waves import Waves
 from schemas import delta, gold, runs
 from schemas.canonical import SPLITS
 from schemas.labels import LABELS, NAMES
@@ -32,7 +33,7 @@ from udfs.answer import ORDERS, Form, form
 from udfs.engine import Sampling
 from udfs.render import rendered
 from udfs.sample import questioner, sampled_schema, sampler
-from udfs.score import scored_schema, scorer
+from udfs.score import Scoring, scored_schema, scorer
 
 JOB = "sample"
 # One row for each pair, each k (1, 2, 4 … and n) and each way to be right, from nothing but `samples`.

@@ -27,8 +27,9 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import ArrayType, IntegerType, StructField, StructType
 
-from jobs.rescore import Scoring, Waves, add_scoring_flags, opened, scoring
+from jobs.rescore import add_scoring_flags, opened, scoring
 from jobs.sample import refuse_wrong_draw
+from partitioner.waves import Waves
 from schemas import canonical, delta, files, formats, gold, inputs, runs
 from schemas.labels import LABELS, NAMES
 from schemas.tables import CHAINS
@@ -36,6 +37,7 @@ from udfs import teacher
 from udfs.answer import Form, conclusion, required_end_ids
 from udfs.engine import Sampling
 from udfs.sample import sampled_schema, sampler
+from udfs.score import Scoring
 from udfs.teacher import TeacherPrompt
 
 JOB = "write_chains"

@@ -37,10 +37,10 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, workers: int = 2, cores: int = 1, gpu: bool = False) -> Iterator[Cluster]:
+def cluster(folder: Path, workers: int = 2, cores: int = 1, gpus: int = 0) -> Iterator[Cluster]:
     """Starts a master and `workers` workers, logs and work folders below `folder`; ends them and all they started.
 
-    With `gpu` each worker declares one GPU with a made-up address: worker 0 has "10", worker 1 has "11" and so on.
+    Each worker declares `gpus` GPUs with made-up addresses: of two, worker 0 has "10" and "20", worker 1 "11" and "21".
     Workers have the environment of this process, so PYTHONPATH too. Raises RuntimeError with the logs if the cluster
     does not come up.
     """
@@ -54,7 +54,7 @@ def cluster(folder: Path, workers: int = 2, cores: int = 1, gpu: bool = False) -
             home = folder / f"worker{n}"
             words = ["--host", "127.0.0.1", "--webui-port", "0", "--cores", str(cores), "--memory", "3g"]
             words += ["--work-dir", str(home), master]
-            options = _one_gpu(home, f"1{n}") if gpu else ""
+            options = _gpus(home, [f"{k}{n}" for k in range(1, gpus + 1)]) if gpus else ""
             started.append(stack.enter_context(_daemon(home, "worker.Worker", words, options)))
         _await_workers(f"http://127.0.0.1:{ui}/json/", workers, folder)
         yield Cluster(master, tuple(started))
@@ -105,12 +105,12 @@ def _session(leader: int) -> dict[int, str]:
     return found
 
 
-def _one_gpu(home: Path, address: str) -> str:
+def _gpus(home: Path, addresses: list[str]) -> str:
     home.mkdir(parents=True, exist_ok=True)
     script = home / "gpus.sh"
-    script.write_text(f"#!/bin/sh\necho '{json.dumps({'name': 'gpu', 'addresses': [address]})}'\n")
+    script.write_text(f"#!/bin/sh\necho '{json.dumps({'name': 'gpu', 'addresses': addresses})}'\n")
     script.chmod(0o755)
-    declared = {"amount": "1", "discoveryScript": str(script)}
+    declared = {"amount": str(len(addresses)), "discoveryScript": str(script)}
     return " ".join(f"-Dspark.worker.resource.gpu.{key}={value}" for key, value in declared.items())
 
 

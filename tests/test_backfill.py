@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 
 from jobs import rescore as job
 from jobs.backfill import Chosen, backfill, condition, shifts
-from partitioner import prefix
+from partitioner import prefix, waves
 from schemas import delta, runs
 from tests import invariants, judged
 from tests.test_rescore import PRODUCTS, QUERIES, probs, put, scoring
@@ -95,13 +95,13 @@ def test_portions_are_scored_in_order_of_weight_and_keep_a_product_together(
 ) -> None:
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(8)])
     weigh(spark, root, {f"k{i}": float(i) for i in range(8)})
-    monkeypatch.setattr(job, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
     monkeypatch.setattr(prefix, "HOT_TOKENS", 200)
     backfill(spark, root, scoring())
-    waves: dict[str, set[str]] = {}
+    merged: dict[str, set[str]] = {}
     for row in probs(spark, root).collect():
-        waves.setdefault(row["wave_id"], set()).add(row["product_id"])
-    order = [sorted(waves[wave], reverse=True) for wave in sorted(waves)]
+        merged.setdefault(row["wave_id"], set()).add(row["product_id"])
+    order = [sorted(merged[wave], reverse=True) for wave in sorted(merged)]
     assert [product for wave in order for product in wave] == [f"k{i}" for i in reversed(range(8))]
 
 
@@ -110,15 +110,15 @@ def test_the_deadline_ends_it_after_a_wave_and_the_next_run_goes_on(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(24)])
-    monkeypatch.setattr(job, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
     monkeypatch.setattr(prefix, "HOT_TOKENS", 600)
-    write, waves = job.Night.write, 0
+    write, written = job.Night.write, 0
 
     def late(night: job.Night, answered: Any, wave_id: str) -> None:
-        nonlocal waves
-        waves += 1
+        nonlocal written
+        written += 1
         write(night, answered, wave_id)
-        if waves == 2:
+        if written == 2:
             night.deadline = datetime.now() - timedelta(seconds=1)
 
     monkeypatch.setattr(job.Night, "write", late)

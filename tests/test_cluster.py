@@ -14,12 +14,13 @@ import pytest
 
 from tests import cluster as standalone
 from tests.cluster import cluster
+from tests.conftest import REPO
 
 # A driver of its own: one Python process can hold one Spark alone. Each task says where it ran, when and on which GPU.
 DRIVER = """
 import json, os, sys, time
 from pyspark.sql import SparkSession
-from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
+from partitioner import engines
 
 builder = SparkSession.builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
 for setting in sys.argv[3:]:
@@ -39,19 +40,18 @@ def task(batches):
     said = {"worker": os.getcwd(), "rows": rows, "gpus": gpus, "began": began, "ended": time.time()}
     yield pyarrow.RecordBatch.from_pydict({"said": [json.dumps(said)]})
 
-profile = None
-if sys.argv[2] == "gpu":
-    profile = ResourceProfileBuilder().require(TaskResourceRequests().cpus(1).resource("gpu", 1)).build
+gpus = int(sys.argv[2])
+profile = engines.profile(spark, gpus) if gpus else None
+assert not gpus or engines.count(spark, gpus) == 2
 said = spark.range(0, 100, 1, 6).mapInArrow(task, "said string", profile=profile).collect()
 print(json.dumps([json.loads(row.said) for row in said]))
 """
 
 
-def tasks(master: str, kind: str, *conf: str) -> list[dict[str, Any]]:
-    """What the tasks of a small job on the cluster said of themselves."""
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, master, kind, *conf], capture_output=True, text=True, timeout=180, check=False
-    )
+def tasks(master: str, gpus: int, *conf: str) -> list[dict[str, Any]]:
+    """What the tasks of a small job on the cluster, each on so many GPUs, said of themselves."""
+    words = [sys.executable, "-c", DRIVER, master, str(gpus), *conf]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False, cwd=REPO)
     assert done.returncode == 0, done.stderr
     said: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     assert sum(task["rows"] for task in said) == 100
@@ -78,7 +78,7 @@ def commands() -> list[str]:
 @pytest.mark.slow
 def test_a_job_runs_on_both_workers_and_nothing_of_the_cluster_is_left(tmp_path: Path) -> None:
     with cluster(tmp_path) as running:
-        said = tasks(running.master, "plain")
+        said = tasks(running.master, 0)
         assert len({task["worker"] for task in said}) == 2
         assert all(task["worker"].startswith(str(tmp_path)) for task in said)
         started = [*running.processes(0), *running.processes(1)]
@@ -87,13 +87,17 @@ def test_a_job_runs_on_both_workers_and_nothing_of_the_cluster_is_left(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_worker_with_one_gpu_runs_one_gpu_task_at_a_time_and_names_its_address(tmp_path: Path) -> None:
-    with cluster(tmp_path, cores=2, gpu=True) as running:
-        said = tasks(running.master, "gpu", "spark.executor.resource.gpu.amount=1")
-    assert {tuple(task["gpus"]) for task in said} == {("10",), ("11",)}
-    for gpu in ("10", "11"):
-        times = sorted((task["began"], task["ended"]) for task in said if task["gpus"] == [gpu])
-        assert len({task["worker"] for task in said if task["gpus"] == [gpu]}) == 1
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_an_executor_runs_one_scoring_task_at_a_time_which_has_all_gpus_of_its_engine(
+    tmp_path: Path, gpus: int
+) -> None:
+    with cluster(tmp_path, cores=2, gpus=gpus) as running:
+        said = tasks(running.master, gpus, f"spark.executor.resource.gpu.amount={gpus}")
+    sets = [("10",), ("11",)] if gpus == 1 else [("10", "20"), ("11", "21")]
+    assert {tuple(sorted(task["gpus"])) for task in said} == set(sets)
+    for own in sets:
+        times = sorted((task["began"], task["ended"]) for task in said if tuple(sorted(task["gpus"])) == own)
+        assert len({task["worker"] for task in said if tuple(sorted(task["gpus"])) == own}) == 1
         # Two cores would have let two of them run side by side.
         assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(times))
 
@@ -103,7 +107,7 @@ def test_a_cluster_that_does_not_come_up_shows_its_logs_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(standalone, "START_S", 8)
-    monkeypatch.setattr(standalone, "_one_gpu", lambda home, address: "-Dspark.worker.resource.gpu.amount=none")
-    with pytest.raises(RuntimeError, match=r"0 of 2 workers came up(.|\n)*worker1/log"), cluster(tmp_path, gpu=True):
+    monkeypatch.setattr(standalone, "_gpus", lambda home, addresses: "-Dspark.worker.resource.gpu.amount=none")
+    with pytest.raises(RuntimeError, match=r"0 of 2 workers came up(.|\n)*worker1/log"), cluster(tmp_path, gpus=1):
         pass
     assert not [command for command in commands() if str(tmp_path) in command]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import rescore
 from jobs.explain import chosen, explain
 from schemas import delta
 from schemas.labels import LABELS, P_COLUMNS
@@ -20,19 +19,20 @@ from udfs.answer import conclusion
 from udfs.engine import Sampling
 from udfs.model import Model
 from udfs.prompt import Renderer
+from udfs.score import Scoring
 
 FORM = answer_form()
 KETTLES = "SELECT pair_id FROM pairs WHERE product_id LIKE 'k%' ORDER BY pair_id"
 
 
 @pytest.fixture
-def what(tmp_path_factory: pytest.TempPathFactory) -> rescore.Scoring:
+def what(tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     """A model whose folder names the token that ends its answers."""
     made = test_rescore.scoring()
     folder = tmp_path_factory.mktemp("model")
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {FORM.end_ids[0]}}}')
     model = Model(str(folder), "0123456789abcdef", "ff", "Fake", 512, 2048, made.model.tokenizer_json, None, None, "")
-    return rescore.Scoring(model, "external", made.prompt, made.settings, made.load_engine)
+    return Scoring(model, "external", made.prompt, made.settings, made.load_engine)
 
 
 def explanations(spark: SparkSession, root: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -41,7 +41,7 @@ def explanations(spark: SparkSession, root: str) -> dict[tuple[str, str], dict[s
     return {(r["product_id"], r["query"]): r.asDict() for r in rows}
 
 
-def score(spark: SparkSession, root: str, what: rescore.Scoring) -> None:
+def score(spark: SparkSession, root: str, what: Scoring) -> None:
     """Rows of label_probs as rescore writes them, for every pair; the likeliest label differs from pair to pair."""
     named = {"model_id": what.model.model_id, "prompt_id": what.prompt.prompt_id}
     rows = []
@@ -52,7 +52,7 @@ def score(spark: SparkSession, root: str, what: rescore.Scoring) -> None:
     delta.upsert(spark, root, "label_probs", judged.rows(spark, "label_probs", rows))
 
 
-def scored_but_for_two(spark: SparkSession, root: str, what: rescore.Scoring) -> str:
+def scored_but_for_two(spark: SparkSession, root: str, what: Scoring) -> str:
     """Pairs of which one was never scored and one has another text since; SQL that selects kettles and no pair."""
     put(spark, root, PRODUCTS)
     score(spark, root, what)
@@ -62,7 +62,7 @@ def scored_but_for_two(spark: SparkSession, root: str, what: rescore.Scoring) ->
 
 
 def test_the_chosen_pairs_get_the_chain_that_follows_their_likeliest_label(
-    spark: SparkSession, root: str, what: rescore.Scoring, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession, root: str, what: Scoring, capsys: pytest.CaptureFixture[str]
 ) -> None:
     selected = scored_but_for_two(spark, root, what)
     run = explain(spark, root, what, selected, max_tokens=40)
@@ -93,7 +93,7 @@ def test_the_chosen_pairs_get_the_chain_that_follows_their_likeliest_label(
 
 @pytest.mark.slow
 def test_what_is_explained_is_not_asked_again_and_what_is_scored_anew_is(
-    spark: SparkSession, root: str, what: rescore.Scoring
+    spark: SparkSession, root: str, what: Scoring
 ) -> None:
     selected = scored_but_for_two(spark, root, what)
     explain(spark, root, what, selected, max_tokens=40)
@@ -107,7 +107,7 @@ def test_what_is_explained_is_not_asked_again_and_what_is_scored_anew_is(
 
 @pytest.mark.slow
 def test_pairs_that_nobody_scored_are_refused_with_the_command_that_mends_it(
-    spark: SparkSession, root: str, what: rescore.Scoring
+    spark: SparkSession, root: str, what: Scoring
 ) -> None:
     put(spark, root, PRODUCTS[:1], QUERIES[:2])
     with pytest.raises(ValueError, match=r"none of the 2 selected .*has not scored it.*score them first: rescore"):
@@ -118,7 +118,7 @@ def test_pairs_that_nobody_scored_are_refused_with_the_command_that_mends_it(
 
 
 def test_a_model_that_answers_chain_first_has_no_scores_to_explain(
-    spark: SparkSession, root: str, what: rescore.Scoring
+    spark: SparkSession, root: str, what: Scoring
 ) -> None:
     adapter.write_recipe(what.model.path, {"order": "pre"})
     with pytest.raises(ValueError, match=r"was taught --order pre.*ask it for whole answers \(sample\)"):

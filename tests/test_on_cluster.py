@@ -65,7 +65,7 @@ def test_each_executor_scores_its_own_shard_with_one_engine(tmp_path: Path, gpu:
     submit("ingest", "--tables", root, "--pairs", a_file_of_pairs(tmp_path))
     conf = [*CONF, *(("--conf", "spark.executor.resource.gpu.amount=1") if gpu else ())]
     # Two cores a worker: were it not for the profile, two scoring tasks would run side by side in an executor.
-    with cluster(tmp_path / "cluster", cores=2, gpu=gpu) as running:
+    with cluster(tmp_path / "cluster", cores=2, gpus=int(gpu)) as running:
         said = submit("--master", running.master, *conf, "rescore", "--tables", root, "--model", model)
     assert "240 scored" in said
     (run,) = (row for row in table(root, "runs") if row["job"] == "rescore")
@@ -93,7 +93,7 @@ def test_more_gpus_than_an_executor_has_is_an_error_before_any_scoring(tmp_path:
     model = tiny_model(tmp_path / "model")
     root = tmp_path / "tables"
     submit("ingest", "--tables", root, "--pairs", a_file_of_pairs(tmp_path, products=2, queries=1))
-    with cluster(tmp_path / "cluster", gpu=True) as running:
+    with cluster(tmp_path / "cluster", gpus=1) as running:
         words = ["--master", running.master, *CONF, "--conf", "spark.executor.resource.gpu.amount=1", "rescore"]
         words += ["--tables", str(root), "--model", str(model), "--tensor-parallel", "2"]
         ended = subprocess.run(

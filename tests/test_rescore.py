@@ -14,15 +14,17 @@ from pyspark.sql import functions as F
 
 from jobs import main as dispatcher
 from jobs import rescore as job
-from jobs.rescore import Scoring, rescore
-from partitioner import prefix
+from jobs.rescore import rescore
+from partitioner import prefix, waves
 from schemas import delta, runs, tables
 from tests import judged
 from tests.engines import load_drifting, load_fake, load_mortal, logprobs
 from tests.models import PROMPT, tiny_tokenizer
+from udfs import selfcheck
 from udfs.engine import EngineSettings
 from udfs.model import Model
 from udfs.prompt import Renderer, load
+from udfs.score import Scoring
 from udfs.selfcheck import asked
 
 PRODUCTS = [
@@ -149,7 +151,7 @@ def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(40)])
-    monkeypatch.setattr(job, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
     monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
     merged = 0
     upsert = delta.upsert
@@ -181,7 +183,7 @@ def test_a_prompt_that_is_too_long_gets_a_row_without_probabilities_and_too_many
     spark: SparkSession, root: str
 ) -> None:
     put(spark, root, [*PRODUCTS, ("long", "Kettle", {}, "xyzzy qwert " * 60)])
-    with pytest.raises(job.TooManyRefused, match="4 pairs were refused, more than --max-refused 3"):
+    with pytest.raises(waves.TooManyRefused, match="4 pairs were refused, more than --max-refused 3"):
         rescore(spark, root, scoring(max_model_len=150), max_refused=3)
     rows = probs(spark, root).where("product_id = 'long'").collect()
     assert [(r["outcome"], r["p_excellent"], r["p_outside"]) for r in rows] == [("too_long", None, None)] * 4
@@ -268,7 +270,7 @@ def test_canaries_that_are_none_are_refused_by_the_name_of_their_file(tmp_path: 
     what, file = scoring(), tmp_path / "canaries.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"canaries\.json: .*; each entry needs query, title, and p"):
-        job.canaries(replace(what.model, canaries_file=str(file)), what.prompt)
+        selfcheck.canaries(replace(what.model, canaries_file=str(file)), what.prompt)
 
 
 def test_a_check_that_killed_its_engine_asks_other_prompts_at_each_try() -> None:
@@ -280,7 +282,7 @@ def test_a_check_that_killed_its_engine_asks_other_prompts_at_each_try() -> None
 def test_lines_for_people_say_which_job_and_how_it_ended() -> None:
     run = runs.Run("r", "backfill", "stopped", judged.NOW, counts={"seen": 5, "skipped": 1, "scored": 0, "refused": 4})
     assert job.summary(run) == "backfill: stopped · 5 seen, 1 skipped, 0 scored, 4 refused"
-    line = job.progress("rescore", 30, 120, 1000, 4000, 10.0)
+    line = waves.progress("rescore", 30, 120, 1000, 4000, 10.0)
     assert line == "rescore: 30 of 120 pairs · 3.0 pairs/s · 100 tokens/s · 0.5 min left"
 
 

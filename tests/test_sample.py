@@ -16,7 +16,8 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from jobs import rescore, sample
+from jobs import sample
+from partitioner import waves
 from schemas import delta
 from tests.engines import answer_form, logprobs, written
 from tests.test_rescore import PRODUCTS, QUERIES, put, scoring
@@ -110,7 +111,7 @@ def test_a_draw_that_failed_goes_on_where_it_stopped_under_its_own_run(
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(20)], QUERIES[:2])
     judge(spark, root, "'train'")
     monkeypatch.setattr(sample.Draw, "least", 600)
-    monkeypatch.setattr(rescore, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
     asked: list[str] = []
     upsert = delta.upsert
 

@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 
 from jobs import main as dispatcher
 from jobs import maintain, sql
-from jobs.rescore import TooManyRefused
+from partitioner.waves import TooManyRefused
 from schemas import delta, runs
 from tests.test_rescore import PRODUCTS, put
 

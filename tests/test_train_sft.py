@@ -20,6 +20,7 @@ from udfs.answer import form
 from udfs.engine import EngineSettings, Sampling
 from udfs.model import Model, inspect
 from udfs.prompt import load
+from udfs.score import Scoring
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def leaking(root: str, folder: Path) -> None:
 def answered(spark: SparkSession, root: str, model: Model) -> None:
     """Sixteen answers to each train pair, from an engine that needs no model, in this model's name."""
     prompt = load(str(model.prompt_file), model.tokenizer_json, model.vocab_size)
-    what = rescore.Scoring(model, "sft", prompt, EngineSettings(model=model.path, max_model_len=512), load_fake)
+    what = Scoring(model, "sft", prompt, EngineSettings(model=model.path, max_model_len=512), load_fake)
     made = form(model, prompt)
     sample.sample(spark, root, what, made, Sampling(40, made.end_ids, n=16, seed=3))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 from pyspark.sql.types import StructType
@@ -10,10 +11,28 @@ from pyspark.sql.types import StructType
 from schemas.labels import P_COLUMNS
 from udfs.decode import LabelProbs, label_probs
 from udfs.engine import Engine, EngineSettings, load
+from udfs.model import Model
+from udfs.prompt import Prompt
 from udfs.stream import Batches, Prompts, Question, answered, answered_schema, answerer
 
 # What scoring adds to a row, beside what it cost.
 _ANSWER = pa.schema([*[pa.field(p, pa.float64()) for p in (*P_COLUMNS, "p_outside")], pa.field("outcome", pa.string())])
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scores: a model folder that was looked at, the prompt it is asked with, and the engine's settings."""
+
+    model: Model
+    stage: str
+    prompt: Prompt
+    settings: EngineSettings
+    load_engine: Callable[[EngineSettings], Engine] = load
+
+    @property
+    def regime(self) -> tuple[str, str]:
+        """model_id and prompt_id, by which rows and thresholds belong together."""
+        return self.model.model_id, self.prompt.prompt_id
 
 
 def scored_schema(prompts: StructType) -> StructType:

@@ -8,7 +8,9 @@ with the probabilities its maker measured.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +18,9 @@ import pyarrow as pa
 from schemas.labels import LABELS
 from udfs.decode import label_probs
 from udfs.engine import Engine, EngineSettings, load
+from udfs.model import Model
+from udfs.prompt import Prompt, renderer
+from udfs.render import product_text
 
 # Largest |Δp| between two ways of computing the same prompt that counts as noise, by number type. float32 stays below
 # 1e-5 on the demo model; bf16 moves logits by a few hundredths of a nat, so a probability by up to a few hundredths.
@@ -122,3 +127,27 @@ _SCHEMA = pa.schema(
         pa.field("attempt", pa.int32()),
     ]
 )
+
+
+def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:
+    """Prompts and expected p (labels 4, 3, 2, 1) of the model folder's canaries.json; empty where it has none.
+
+    The file: a list of objects with query, title, whatever else of the product, and `p`. Raises ValueError.
+    """
+    if model.canaries_file is None:
+        return []
+    render = renderer(prompt)
+    expected = []
+    try:
+        for canary in json.loads(Path(model.canaries_file).read_text(encoding="utf-8")):
+            product = render.product(**product_text(canary))
+            p = [float(x) for x in canary["p"]]
+            if len(p) != len(LABELS) or not abs(sum(p) - 1) < 1e-3:
+                raise ValueError(f"p = {p}")
+            expected.append((render.join(product, render.query(canary["query"])), p))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{model.canaries_file}: {error!r}; each entry needs query, title, and p (four probabilities of "
+            "labels 4, 3, 2, 1, that sum to 1). Mend the file or remove it."
+        ) from error
+    return expected
