@@ -192,6 +192,7 @@ class Backfill(Night):
     """One run over the pairs that a model has not judged."""
 
     chosen: Chosen
+    _taken = 0  # pairs that count against the limit
     _predicted: float | None = None  # engine seconds
 
     def fill(self) -> None:
@@ -199,9 +200,13 @@ class Backfill(Night):
         self.forget_removed_pairs()
         for number in range(PASSES):
             judged = self.judged()
-            line = self.score(self.chosen.of(self.pairs()), f"{number:04d}", judged)
+            line = self.score(self.chosen_pairs(), f"{number:04d}", judged)
             if not line.prompts or self.chosen.limit or delta.version(self.spark, self.root, "pairs") == self._version:
                 return
+
+    def chosen_pairs(self) -> DataFrame:
+        """Those that the operator chose."""
+        return self.chosen.of(self.pairs())
 
     def plan(
         self, seen: DataFrame, name: str, judged: DataFrame, wanted: Column | None = None
@@ -212,8 +217,10 @@ class Backfill(Night):
             seen = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
             first = F.col("weight") if wanted is None else wanted
             seen = seen.orderBy(first.desc_nulls_last(), F.xxhash64("locale", "product_id"), "pair_id")
-            seen = seen.limit(self.chosen.limit)
-        return super().plan(seen, name, judged, wanted)
+            seen = seen.limit(self.chosen.limit - self._taken)
+        line, total = super().plan(seen, name, judged, wanted)
+        self._taken += line.prompts
+        return line, total
 
     def planned(self, line: prefix.Line, total: int, seconds: float) -> None:
         """Tells also when it will be done, and keeps that, so that the run's row can hold it against what came."""
@@ -234,7 +241,7 @@ class Backfill(Night):
     def predict(self) -> None:
         """The same, without any engine."""
         started = time.monotonic()
-        line, total = self.plan(self.chosen.of(self.pairs()), "plan", self.judged())
+        line, total = self.plan(self.chosen_pairs(), "plan", self.judged())
         self._count(seen=total, skipped=total - line.prompts)
         if line.prompts:
             self.planned(line, total, time.monotonic() - started)

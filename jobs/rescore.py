@@ -239,18 +239,18 @@ def main(argv: list[str]) -> int:
     end_when_told()
     spark, what = opened(args, JOB, scoring)
     others = [argparse.Namespace(**{**vars(args), "model": name, "prompt": None}) for name in args.also]
-    also = [opened(other, JOB, scoring)[1] for other in others]
+    candidates = {one.regime: one for one in (opened(other, JOB, scoring)[1] for other in others)}
     while True:
         if follow:
             refuse_other_prompt(spark, args.tables, what)
-        also = [one for one in also if one.regime != what.regime]  # a candidate that was put into force
+        also = [one for regime, one in candidates.items() if regime != what.regime]  # one may have come into force
         run = rescore(
             spark, args.tables, what, args.every, args.retry_failed, args.max_refused, args.deadline, also, follow
         )
         if run.status != "done" or not (follow and args.every):
             return exit_code(run)
         in_force = in_force_now(spark, args.tables)[0]
-        what = next((one for one in also if one.model.model_id == in_force), None) or scoring(
+        what = next((one for one in candidates.values() if one.model.model_id == in_force), None) or scoring(
             args, *registered_folder(spark, args.tables, in_force)
         )
 
@@ -314,8 +314,8 @@ def rescore(
     checkpoint = f"{root}/_checkpoints/{JOB}/{what.model.model_id}-{what.prompt.prompt_id}"
     try:
         night.forget_removed_pairs()
-        if retry_failed:
-            night.retry_failed()
+        for one in nights if retry_failed else ():
+            one.retry_failed()
         writer = delta.changes(spark, root, "pairs").writeStream.foreachBatch(night.batch)
         writer = writer.option("checkpointLocation", checkpoint)
         writer = writer.trigger(processingTime=every) if every else writer.trigger(availableNow=True)
@@ -324,12 +324,14 @@ def rescore(
             with engines.kept_alive(spark, what.settings.tensor_parallel, night.between):
                 while not query.awaitTermination(FOLLOWED_SECONDS):
                     promoted = follow and every and in_force_now(spark, root) != what.regime
-                    if promoted or night.asked_to_stop():
+                    if (why := night.asked_to_stop()) or promoted:
                         with night.between:
                             query.stop()
+                        if night.error:  # of the batch that was waited for; a query that is stopped does not tell
+                            raise night.error
+                        if why:
+                            raise Stopped(why)
                         break
-                if every and (why := night.asked_to_stop()):
-                    raise Stopped(why)
         finally:
             query.stop()
         crash("streamed")
@@ -338,9 +340,9 @@ def rescore(
         if isinstance(cause, Stopped):
             print(f"{JOB}: {cause}", flush=True)
             return closed_nights(nights, "stopped", str(cause))
-        for one in nights:
+        for one in reversed(nights):  # the first one's row is the one to tell of
             runs.fail(spark, root, one.run, cause)
-        if night.error:
+        if night.error and night.error is not error:
             raise night.error from error
         if isinstance(error, StreamingQueryException):
             raise RuntimeError(
@@ -464,11 +466,15 @@ class Night(Waves):
         self._version = delta.version(self.spark, self.root, "pairs")
         return delta.read(self.spark, self.root, "pairs", self._version)
 
+    def chosen_pairs(self) -> DataFrame:
+        """Those of `pairs` that this run may score."""
+        return self.pairs()
+
     def retry_failed(self) -> None:
         """Asks again for the pairs that have no probabilities: an engine died on them, or they were too long for it."""
         failed = F.col("outcome") != self.done
         judged = self.judged()
-        seen = self.pairs().join(judged.where(failed).select("pair_id"), "pair_id", how="left_semi")
+        seen = self.chosen_pairs().join(judged.where(failed).select("pair_id"), "pair_id", how="left_semi")
         self.score(seen, "retried", judged.where(~failed))
 
     def score_changed(self, changed: DataFrame, name: str) -> None:
@@ -488,6 +494,7 @@ class Night(Waves):
             self.check_first_use(line)
             self.run_line(line, name)
             self.ask_again(line)
+        delta.drop_scratch(self.spark, self.root, self.run.run_id, self.line_name(name))
         return line
 
     def plan(
@@ -606,7 +613,9 @@ class Night(Waves):
                 )
         self._looked = time.monotonic()
         if failed := sum(level == "fail" for _, _, level, *_ in told):
-            self._count(gates_failed=failed)
+            self._count(
+                gates_failed=max(0, failed - self.run.counts.get("gates_failed", 0))
+            )  # looked at again, not anew
 
     def gates(self) -> list[tuple[str, str, str, float | None, float, str]]:
         """What was looked at, as rows of `gates`; also keeps the mix of labels for the next run to compare with."""

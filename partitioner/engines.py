@@ -46,20 +46,21 @@ def gpus_per_executor(spark: SparkSession) -> int:
 
 
 def count(spark: SparkSession, tensor_parallel: int) -> int:
-    """Engines that can work at the same time: one an executor, or one for each `tensor_parallel` of its GPUs.
+    """Engines that can work at the same time: one an executor.
 
-    Raises ValueError where an executor has fewer GPUs than one engine asks for.
+    Raises ValueError where an executor has more or fewer GPUs than one engine asks for. With two engines in one, a new
+    worker could be given the GPU on which the other's engine sits: Spark hands out GPUs and idle workers apart.
     """
     if is_local(spark):
         return 1
     executors = max(1, len(_cores(spark)))
     gpus = gpus_per_executor(spark)
-    if gpus and gpus < tensor_parallel:
+    if gpus not in (0, tensor_parallel):
         raise ValueError(
-            f"--tensor-parallel {tensor_parallel} asks for more GPUs than an executor has ({gpus}); "
-            f"start with --conf {_GPUS}={tensor_parallel}"
+            f"--tensor-parallel {tensor_parallel} asks for {'more' if gpus < tensor_parallel else 'fewer'} GPUs than "
+            f"an executor has ({gpus}), and each holds one engine; start with --conf {_GPUS}={tensor_parallel}"
         )
-    return executors * (gpus // tensor_parallel if gpus else 1)
+    return executors
 
 
 def profile(spark: SparkSession, tensor_parallel: int) -> ResourceProfile | None:

@@ -83,10 +83,12 @@ class Waves:
         self.spark, self.root, self.what, self.run = spark, root, what, run
         self.settings_hash = what.settings.hash
         self.known: list[Canary] = []  # prompts with known answers, which ride along
-        self.seconds: dict[str, float] = defaultdict(float)  # wall time by what it went to
+        # Wall time by what it went to; a run that goes on goes on counting.
+        begun = {name.removeprefix("seconds_"): s for name, s in run.figures.items() if name.startswith("seconds_")}
+        self.seconds: dict[str, float] = defaultdict(float, begun)
         self._engines: set[str] = set()
         self._rate = 0.0  # tokens of work (of the line) per second and engine, as last measured
-        self._work = 0  # tokens of work done
+        self._work = run.figures.get("tokens_per_second", 0.0) * (run.engine_seconds or 0.0)  # tokens of work done
         self._outside: float | None = None  # sum of p_outside over scored rows
         self._owed = 0.0  # tokens that canaries may still cost
         self._loading: Future[None] | None = None
@@ -123,10 +125,15 @@ class Waves:
     def land_line(self, prompts: DataFrame, name: str) -> prefix.Line:
         """Lines prompts (of `rendered`) up by prefix and lands the line, so that every wave cuts the same one."""
         with self.timed("planning"):
-            landed = delta.scratch(self.root, self.run.run_id, f"{name}-line")
+            landed = delta.scratch(self.root, self.run.run_id, self.line_name(name))
             parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
             prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
             return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
+
+    @staticmethod
+    def line_name(name: str) -> str:
+        """Under which the line of a batch is landed."""
+        return f"{name}-line"
 
     def planned(self, line: prefix.Line, total: int, seconds: float) -> None:
         """Notes and tells what a line asks for; `total` are the pairs that were looked at."""
@@ -177,6 +184,9 @@ class Waves:
             return
         fitting = line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS)
         sample = [list(r["ids"]) for r in fitting.collect()]
+        if not sample:
+            self._register({}, {})  # and the next batch checks
+            return
         check = selfcheck.checker(
             what.settings, what.prompt.label_ids, sample, selfcheck.canaries(what.model, what.prompt), what.load_engine
         )
@@ -188,6 +198,9 @@ class Waves:
                 .collect()[0]
             )
         sample = list(selfcheck.asked(sample, found["attempt"]))
+        if not sample:  # the engine died on the few there are
+            self._register({}, {})
+            return
         allowed = selfcheck.NOISE[found["dtype"]]
         print(
             f"{self.run.job}: first use of model {what.model.model_id}: the engine agrees with itself within "
@@ -281,8 +294,7 @@ class Waves:
         crash("checked")
         if figures["seconds"]:
             self._rate = (end - begin) / figures["seconds"]
-            self._work += end - begin
-        return answered, figures
+        return answered, figures | {"work": end - begin if figures["seconds"] else 0}
 
     def _riders(self, line: prefix.Line, work: int, shards: int) -> DataFrame | None:
         """Canaries for each shard of a wave, as many as `CANARY_SHARE` of the tokens of work pays for: one before the
@@ -333,7 +345,9 @@ class Waves:
             merged.result()
         self._tally(figures)
         crash("told")
-        delta.drop_scratch(self.spark, self.root, self.run.run_id, wave_id)
+        for name in delta.inside(self.spark, delta.scratch(self.root, self.run.run_id, "")):
+            if name.startswith(wave_id):  # also what was asked again, and pieces
+                delta.drop_scratch(self.spark, self.root, self.run.run_id, name)
         if self.run.counts.get("refused", 0) > self._allowed_refused:
             raise TooManyRefused(
                 f"stopped: {self.run.counts['refused']:,} pairs were refused, more than --max-refused "
@@ -368,7 +382,9 @@ class Waves:
             with self.timed("scoring"), engines.own_workers(self.spark):
                 for first in range(0, len(pieces), at_once):
                     some = {number: pieces[number] for number in range(first, min(first + at_once, len(pieces)))}
-                    self.ask(line.pieces(some)).write.parquet(landed, mode="append")
+                    # What an earlier search of this wave landed is gone with the wave.
+                    mode = "append" if first else "overwrite"
+                    self.ask(line.pieces(some)).write.parquet(landed, mode=mode)
             asked = self.spark.read.parquet(files.literal(landed))
             dead = prefix.stretches(asked.where(died))
             alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
@@ -407,6 +423,7 @@ class Waves:
     def _tally(self, figures: dict[str, Any]) -> None:
         """Adds a written wave to the run's row, and writes it now and then: a killed run shows how far it came."""
         rows, done = int(figures["rows"]), int(figures["done"])
+        self._work += figures["work"]
         self._count(**{self.done: done}, refused=rows - done)
         self._add(tokens_cut=int(figures["cut"]), waves=1)
         for name in ("computed", "generated"):
@@ -437,9 +454,10 @@ class Waves:
         part of commit that did not overlap with scoring."""
         busy = (self.run.engine_seconds or 0.0) / max(1, engines.count(self.spark, self.what.settings.tensor_parallel))
         idle = max(0.0, self.seconds["scoring"] - self.seconds["startup"] - busy)
-        told = {**self.seconds, "engine": busy, "idle": idle}
-        total = (datetime.now(UTC) - self.run.started_at.replace(tzinfo=UTC)).total_seconds()
-        self._measure(**{f"seconds_{k}": v for k, v in told.items()}, seconds_total=total)
+        # A time that is read back is this machine's, without a zone.
+        total = (datetime.now(UTC) - self.run.started_at.astimezone(UTC)).total_seconds()
+        told = {**self.seconds, "engine": busy, "idle": idle, "total": total}
+        self._measure(**{f"seconds_{k}": v for k, v in told.items()})
         if self.run.engine_seconds:
             self._measure(tokens_per_second=self._work / self.run.engine_seconds)
 

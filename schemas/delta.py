@@ -93,7 +93,8 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
 
     A task may fail three times before the job does, in local mode too (`local[*,4]`): a worker whose engine died exits,
     and the next try gets a fresh one. Without spark-submit the Delta jar is resolved through `spark.jars.packages`.
-    `conf` and this project's settings give way to what spark-submit was told.
+    `conf` and this project's settings give way to what spark-submit was told, but for one: a speculative copy of a
+    slow shard would pass for a second try of it, as after an engine's death, and be answered `engine_failed` at once.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder, given = SparkSession.builder.appName(app), None
@@ -106,7 +107,7 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
     for key, value in {**wanted, **(conf or {})}.items():
         if given is None or not given.contains(key):
             builder = builder.config(key, value)
-    spark = builder.getOrCreate()
+    spark = builder.config("spark.speculation", "false").getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     return spark
 

@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import reduce
@@ -84,9 +85,9 @@ def start(
     _lease(spark, root, run_id).take()
     delta.append(spark, root, "runs", _row(spark, run))
     last = run
-    if alone and delta.version(spark, root, "runs") > before + 1:
-        try:  # of two that looked at the same moment, the younger gives way
-            refuse_second(spark, root, job, model_id, prompt_id, run_id)
+    if alone and (newest := delta.version(spark, root, "runs")) > before + 1:
+        try:  # of two that looked at the same moment, the one whose row came second gives way
+            refuse_second(spark, root, job, model_id, prompt_id, run_id, range(before + 1, newest + 1))
         except ValueError as error:
             fail(spark, root, run, error)
             last = None
@@ -136,19 +137,17 @@ def write(spark: SparkSession, root: str, run: Run) -> None:
 
 def close_lost(spark: SparkSession, root: str) -> list[str]:
     """Writes `lost` into the rows of runs whose driver is gone, and removes what they had landed; returns their ids."""
-    global last
-    mine = last
     running = delta.read(spark, root, "runs").where("status = 'running'").collect()
     leases = {name: _lease(spark, root, name) for name in _signed(spark, root)}
     lost = [row for row in running if not _lease(spark, root, row["run_id"]).held()]
     for row in lost:
         delta.drop_scratch(spark, root, row["run_id"])
         what = "its driver ended without a word (killed, or out of memory); what it had merged is kept"
-        finish(spark, root, Run(**row.asDict()), "lost", what)
-        last = mine
-        print(
-            f"{row['job']}: run {row['run_id']}, of {row['started_at']:%d %b %H:%M} UTC, is closed as lost", flush=True
-        )
+        run = replace(Run(**row.asDict()), status="lost", message=what, finished_at=datetime.now(UTC))
+        delta.upsert(spark, root, "runs", _row(spark, run), "old.status = 'running'")  # it may have ended this moment
+        _lease(spark, root, run.run_id).give_up()
+        began = run.started_at.astimezone(UTC)  # read back it is this machine's time, without a zone
+        print(f"{run.job}: run {run.run_id}, of {began:%d %b %H:%M} UTC, is closed as lost", flush=True)
     for name in leases.keys() - {row["run_id"] for row in running}:
         if not leases[name].held():  # killed between its lease and its row
             leases[name].give_up()
@@ -163,15 +162,26 @@ def alive(spark: SparkSession, root: str, model_id: str) -> str | None:
 
 
 def refuse_second(
-    spark: SparkSession, root: str, job: str, model_id: str | None, prompt_id: str | None, mine: str | None = None
+    spark: SparkSession,
+    root: str,
+    job: str,
+    model_id: str | None,
+    prompt_id: str | None,
+    mine: str = "",
+    versions: Iterable[int] = (),
 ) -> None:
     """Raises ValueError where a run of this job, model and prompt is alive (call `close_lost` first).
 
-    mine: the run that asks; only runs that began before it count, of the same moment those with the smaller run_id.
+    mine: the run that asks, in one of these `versions` of the table; only rows that were there before its own count.
     """
     same = (F.col("status") == "running") & (F.col("job") == job) & F.col("model_id").eqNullSafe(F.lit(model_id))
     same &= F.col("prompt_id").eqNullSafe(F.lit(prompt_id))
-    row = delta.read(spark, root, "runs").where(same & (F.col("run_id") < mine) if mine else same).head()
+    told = delta.read(spark, root, "runs")
+    for version in versions:
+        told = delta.read(spark, root, "runs", version)
+        if not told.where(F.col("run_id") == mine).isEmpty():
+            break
+    row = told.where(same & (F.col("run_id") != mine)).head()
     if row:
         holder = _lease(spark, root, row["run_id"]).holder()
         raise ValueError(
@@ -249,7 +259,7 @@ class Lease:
         who = self.holder()
         if who.get("host") == socket.gethostname():
             return bool(_born(int(who["pid"])) == who["born"])
-        now = self._path.suffix(".look")
+        now = self._path.suffix(f".look-{secrets.token_hex(4)}")  # others may be looking too
         try:
             self._storage.create(now, True).close()
             renewed, looked = (self._storage.getFileStatus(p).getModificationTime() for p in (self._path, now))

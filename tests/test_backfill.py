@@ -90,6 +90,20 @@ def test_a_backfill_goes_on_where_another_one_stopped_among_the_pairs_that_are_a
 
 
 @pytest.mark.slow
+def test_pairs_without_probabilities_are_retried_among_those_asked_for_and_within_the_limit(
+    spark: SparkSession, root: str
+) -> None:
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(4)])
+    short = scoring(max_model_len=16)
+    assert backfill(spark, root, short).counts["refused"] == 16
+    chosen = Chosen("product_id IN ('k1', 'k2')", limit=6)
+    run = backfill(spark, root, scoring(), chosen, retry_failed=True)
+    assert run.counts["scored"] == 6
+    scored = probs(spark, root).where("outcome = 'scored'").collect()
+    assert {row["product_id"] for row in scored} == {"k1", "k2"}
+
+
+@pytest.mark.slow
 def test_portions_are_scored_in_order_of_weight_and_keep_a_product_together(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,3 +210,20 @@ def test_a_second_run_of_its_like_is_refused_while_the_first_is_alive(spark: Spa
         os.utime(file, (1, 1))
     assert backfill(spark, root, what).counts["scored"] == 3
     assert not list((Path(root) / "_leases").glob("[!.]*"))
+
+
+@pytest.mark.slow
+def test_of_two_runs_that_looked_at_the_same_moment_the_one_whose_row_came_second_gives_way(
+    spark: SparkSession, root: str
+) -> None:
+    delta.prepare(spark, root)
+    before = delta.version(spark, root, "runs")
+    for name in ("z", "a"):
+        run = runs.Run(name, "backfill", "running", judged.NOW, model_id=MODEL, prompt_id="p")
+        delta.append(spark, root, "runs", runs._row(spark, run))
+    versions = range(before + 1, before + 3)
+    runs.refuse_second(spark, root, "backfill", MODEL, "p", "z", versions)
+    with pytest.raises(ValueError, match="run z of backfill"):
+        runs.refuse_second(spark, root, "backfill", MODEL, "p", "a", versions)
+    assert sorted(runs.close_lost(spark, root)) == ["a", "z"]
+    assert {row["status"] for row in delta.read(spark, root, "runs").collect()} == {"lost"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,36 @@ def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
     assert run.counts == {"seen": 160, "skipped": kept, "scored": 160 - kept, "refused": 0}
     assert probs(spark, root).select("pair_id").distinct().count() == probs(spark, root).count() == 160
     assert not list((Path(root) / "_scratch").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_run_that_is_to_end_while_a_wave_is_at_work_tells_what_became_of_it(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, fault: bool
+) -> None:
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(40)])
+    monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
+    monkeypatch.setattr(job, "FOLLOWED_SECONDS", 1)
+    write = job.Night.write
+
+    def late(night: job.Night, answered: Any, wave_id: str) -> None:
+        night.deadline = datetime.now() - timedelta(seconds=1)
+        time.sleep(3)  # the deadline is seen while the wave is at work
+        if fault:
+            raise OSError("disk full")
+        write(night, answered, wave_id)
+
+    monkeypatch.setattr(job.Night, "write", late)
+    deadline = datetime.now() + timedelta(hours=1)
+    if fault:
+        with pytest.raises(OSError, match="disk full"):
+            rescore(spark, root, scoring(), deadline=deadline)
+        assert [row["status"] for row in delta.read(spark, root, "runs").collect()] == ["failed"]
+        return
+    run = rescore(spark, root, scoring(), deadline=deadline)
+    assert (run.status, job.exit_code(run)) == ("stopped", 5)
+    assert 0 < probs(spark, root).count() < 160
 
 
 @pytest.mark.slow
