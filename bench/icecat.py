@@ -1,6 +1,7 @@
 """Real judgements: SFT against two baselines on Icecat's judged pairs, or any file of them, on the same split by query.
 
-    python -m bench.icecat --data FOLDER [--epochs 2] [--limit PAIRS] [--balance 0.5] [--out DIR]
+    python -m bench.icecat --data FOLDER [--epochs 2] [--limit PAIRS] [--balance 0.5]
+        [--learning-rate 1e-3] [--out DIR]
 
 FOLDER holds canonical.jsonl.gz (or is such a file itself): pairs in the canonical form, with labels; it is not part of
 the project. Without it nothing is done, and said. Tables and the model are made in DIR; killed, the same command goes
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from bench import stages
@@ -66,7 +66,9 @@ def main(argv: list[str]) -> int:
     stages.spoken(["ingest", "--tables", tables, "--pairs", str(file.absolute()), "--source", SOURCE])
     stages.spoken(["train_sft", "--tables", tables, "--model", "demo-base", "--out", sft, "--labels-only", *how])
     for model in models.values():
-        stages.spoken(["backfill", "--tables", tables, "--model", model, "--where", held_out(tables)])
+        stages.spoken(
+            ["backfill", "--tables", tables, "--model", model, "--where", stages.of_splits(tables, "dev", "test")]
+        )
     spark = delta.session(SOURCE)
     dev, test = (scored(spark, tables, models, split) for split in ("dev", "test"))
     taught = taught_pairs(sft)
@@ -90,13 +92,6 @@ def scored(spark: SparkSession, root: str, models: dict[str, str], split: str) -
     """Columns of the same judged pairs of a split, for each model."""
     read = [stages.read(spark, root, *stages.identity(spark, root, model), split) for model in models.values()]
     return dict(zip(models, stages.common(read), strict=True))
-
-
-def held_out(tables: str) -> str:
-    """A condition of SQL: a judged pair of dev or test."""
-    gold = DeltaTable(f"{tables}/gold").to_pyarrow_table(columns=["pair_id", "split"]).to_pylist()
-    ids = sorted({row["pair_id"] for row in gold if row["split"] != "train"})  # digits of a hash: nothing to escape
-    return "pair_id IN (" + ", ".join(f"'{i}'" for i in ids) + ")"
 
 
 def taught_pairs(folder: str) -> list[str]:

@@ -2,7 +2,7 @@
 
     python -m bench.stages --tables T --models demo-base DIR/sft DIR/dpo DIR/grpo [--split test] [--sampled PAIRS]
 
-Each model scores the pairs (`rescore`) and answers those of the split eight times (`sample`; with --sampled so many of
+Each model scores the pairs of the split (`backfill`) and answers them eight times (`sample`; with --sampled so many of
 them, the same for all models) where it has not done so yet; then all figures are read off the tables, for pairs that
 all models have scored, and that all have answered. Labels are arg-max of the scores. With the label first, pass@1 at
 temperature 1 is p(gold), read off the scores; beside it stands the unbiased estimate over the samples, which also tells
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     limit = ["--limit", str(args.sampled)] if args.sampled else []
     for model in args.models:
-        spoken(["rescore", "--tables", args.tables, "--model", model])
+        spoken(["backfill", "--tables", args.tables, "--model", model, "--where", of_splits(args.tables, args.split)])
         if args.sampled == 0:
             continue
         spoken(["sample", "--tables", args.tables, "--model", model, "--split", args.split, "--n", str(N), *limit])
@@ -68,6 +69,13 @@ def main(argv: list[str]) -> int:
 def spoken(command: list[str]) -> None:
     """Runs a job of the project, its output on standard error."""
     subprocess.run([str(REPO / "spark-submit.sh"), *command], check=True, stdout=sys.stderr)  # noqa: S603
+
+
+def of_splits(tables: str, *splits: str) -> str:
+    """A condition of SQL: a judged pair of these splits."""
+    gold = DeltaTable(f"{tables}/gold").to_pyarrow_table(columns=["pair_id", "split"]).to_pylist()
+    ids = sorted({row["pair_id"] for row in gold if row["split"] in splits})  # digits of a hash: nothing to escape
+    return "pair_id IN (" + ", ".join(f"'{i}'" for i in ids) + ")"
 
 
 def identity(spark: SparkSession, root: str, name: str) -> tuple[str, str]:

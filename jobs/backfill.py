@@ -1,7 +1,7 @@
 """Scores every pair that this model and prompt have not scored, in waves; interrupted, it goes on where it stopped.
 
 backfill --tables T --model M [--where "locale = 'de'"] [--order-by weight] [--limit N] [--deadline 06:00]
-backfill --tables T --model M --dry-run          (pairs, tokens, engine hours and the end, without any engine)
+backfill --tables T --model M --dry-run          (pairs and tokens; hours too, once a run has told the rate)
 backfill --tables T --model M --sample 1%        (both models on a few products: how the tiers would shift)
 
 A new model fills rows beside the old one's; `labels` goes on serving the old one until a version of thresholds of the

@@ -1,6 +1,6 @@
 """Keeps the tables small and quick: joins small files, clusters, removes what no version needs any more.
 
-maintain --tables T [--table NAME …] [--keep-days 7] [--dry-run]
+maintain --tables T [--table NAME]… [--keep-days 7] [--dry-run]
 maintain --tables T --drop-model MODEL_ID [--yes]
 
 A stream that stays commits a few rows at a time, and each commit leaves a file. OPTIMIZE puts them together (and sorts

@@ -1,7 +1,7 @@
 """Puts a version of thresholds, and with it its model and prompt, into force; also the way back.
 
 promote_thresholds --tables T --version V [--dry-run] [--max-shift 20%] [--max-missing 1%] [--reason "…"]
-    [--allow-engine "bfloat16, vllm 0.33.0"]
+    [--allow-engine "bfloat16, vllm 0.33.0 cpu"]
 
 Shows first how many pairs change their tier, from what to what. The swap is one commit, and it compares: where someone
 else has put a version into force since this one looked, nothing is written.

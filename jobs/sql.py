@@ -1,6 +1,6 @@
 """Asks the tables in SQL.
 
-sql --tables T "SELECT query, title, p_excellent FROM pairs JOIN label_probs USING (pair_id) LIMIT 10"
+sql --tables T "SELECT pairs.query, title, p_excellent FROM pairs JOIN label_probs USING (pair_id) LIMIT 10"
 sql --tables T          (a prompt: one statement a line, empty line or Ctrl-D ends)
 """
 

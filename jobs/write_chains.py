@@ -1,7 +1,7 @@
 """Brings chains of reasoning for judged train pairs, from a file or a teacher model, and keeps those that are right.
 
 write_chains --tables T --chains FILE
-write_chains --tables T --model TEACHER [--teacher-prompt FILE] [--limit PAIRS] [--n 4]
+write_chains --tables T --model TEACHER [--teacher-prompt FILE] [--limit PAIRS] [--n 1]
 
 FILE is JSON Lines (or CSV, Parquet, also .gz): query, product_id, locale, label, chain. What is not of the train split
 is counted and left out; a row that cannot be read goes to quarantine. A teacher is shown the rules, judged neighbours

@@ -303,7 +303,7 @@ RUNS = Table(
         Col(
             "status",
             "STRING",
-            "running; done; stopped: ended early as asked (deadline, limit); failed; lost: killed without a word",
+            "running; done; stopped: ended early as asked (deadline, SIGTERM); failed; lost: killed without a word",
             True,
         ),
         Col("message", "STRING", "Why it failed or stopped, in a sentence"),
@@ -432,7 +432,7 @@ MEASURES = Table(
         Col(
             "cuts",
             "STRING",
-            "What cut: one, boundary, score (weighted score), argmax, or one_by_…, boundary_by_…",
+            "What cut: one, boundary, score (weighted score), argmax, raw, scaled, or one_by_…, boundary_by_…",
             True,
         ),
         Col("split", "STRING", "out_of_fold, test, or fit: which judged pairs", True),
@@ -440,7 +440,8 @@ MEASURES = Table(
         Col(
             "measure",
             "STRING",
-            "macro_f1, accuracy, kappa, cost, ece_…, confusion_<label>_<tier>, …_minus_<cuts>",
+            "macro_f1, accuracy, kappa, cost, f1_…, precision_…, recall_…, log_loss, ece_…, guard_…, "
+            "confusion_<label>_<tier>, …_minus_<cuts>, a requirement as it was written",
             True,
         ),
         Col("value", "DOUBLE", "The figure; null where it is not defined"),

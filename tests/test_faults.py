@@ -323,25 +323,31 @@ OF_A_WAVE = ("landed", "checked", "merged", "told")
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("name", ["rescore", "backfill"])
 def test_a_process_killed_at_each_step_leaves_what_the_next_one_makes_whole(
-    spark: SparkSession, root: str, name: str, at: int
+    spark: SparkSession, root: str, tmp_path: Path, name: str, at: int
 ) -> None:
     """Each process finds what the one killed before it left, and is killed one step further.
 
     A step that comes once a run comes a second time in the run after the killed one, which is killed there too.
     """
-    put(spark, root, PRODUCTS)
+    products: list[Any] = PRODUCTS
+    put(spark, root, products)
     steps = [point for point in crash.POINTS if name == "rescore" or point not in OF_A_STREAM]
     kills = [f"{p}:1" if p in ONCE_A_RUN else f"{p}:{at}" for p in steps for _ in range(at if p in ONCE_A_RUN else 1)]
     for n, where in enumerate(kills):
         if where in ("told:1", "batch:1") or (at == 2 and where.removesuffix(":2") in OF_A_WAVE):
-            put(spark, root, [(key, f"{title} {n}", *rest) for key, title, *rest in PRODUCTS])  # else all may be merged
+            products = [(key, f"{title} {n}", *rest) for key, title, *rest in PRODUCTS]
+            put(spark, root, products)  # else all may be merged by now
         killed = night(root, name, TAOSR1_CRASH=where)
         assert killed.returncode == -9, f"{where}: {killed.stderr[-2000:]!r}"
         assert not invariants.audit(root), where
     whole = night(root, name)
     assert whole.returncode == 0, whole.stderr[-2000:]
     assert not invariants.audit(root, MODEL) + invariants.left(root)
-    assert len(invariants.table(root, "label_probs")) == 12
+    undisturbed = str(tmp_path / "undisturbed")
+    put(spark, undisturbed, products)
+    rescore(spark, undisturbed, scoring())
+    assert len(invariants.final(root)) == 12
+    assert invariants.final(root) == invariants.final(undisturbed)
     *before, last = [row["status"] for row in sorted(invariants.table(root, "runs"), key=lambda r: r["started_at"])]
     assert (last, set(before)) == ("done", {"lost", "done"})
     assert before.count("done") <= at  # killed behind its last commit

@@ -79,4 +79,4 @@ def test_data_that_is_not_there_is_skipped_with_a_reason(tmp_path: Path, capsys:
 def test_the_pairs_held_out_are_those_of_dev_and_test(tmp_path: Path) -> None:
     gold = pa.table({"pair_id": ["a1", "b2", "c3"], "split": ["test", "train", "dev"], "label": [4, 1, 2]})
     write_deltalake(str(tmp_path / "gold"), gold)
-    assert icecat.held_out(str(tmp_path)) == "pair_id IN ('a1', 'c3')"
+    assert stages.of_splits(str(tmp_path), "dev", "test") == "pair_id IN ('a1', 'c3')"

@@ -32,7 +32,6 @@ from udfs.prompt import Prompt
 from udfs.tokens import DataTokenizer, template_tokenizer
 
 ORDERS = ("post", "pre")
-STATEMENT = "So {name}."  # how a chain ends
 
 _LABEL_OF = {name: label for label, name in NAMES.items()}
 _NAMES = "|".join(_LABEL_OF)

@@ -1,7 +1,7 @@
 """What a training process does: a policy, one stage's trainer, checkpoints it resumes from, and the folder it leaves.
 
 The job on Spark picks the rows and writes them as token ids (`DATA`); from there on a stage knows folders only, so it
-runs in the job's own process on one CPU or GPU, or in many processes that TorchDistributor or accelerate starts. TRL's
+runs in the job's own process on one CPU or GPU, or in many processes that TorchDistributor starts. TRL's
 trainers own the loop, the optimizer, logging and checkpoints; what is ours is how rows are laid out (`udfs.forest`).
 A stage leaves a LoRA adapter (or, with `full`, whole weights) with prompt.json and `training.json` beside it.
 """
@@ -636,7 +636,7 @@ def _log(settings: TrainSettings) -> TrainerCallback:
 
 _DRAWN = (
     "loss", "label_loss", "chain_loss", "label_accuracy", "learning_rate", "grad_norm", "rewards/margins",
-    "rewards/accuracies", "logps/chosen", "logps/rejected", "reward", "rewards/right/mean", "rewards/formed/mean",
+    "rewards/accuracies", "nll", "reward", "rewards/right/mean", "rewards/formed/mean",
     "rewards/agrees/mean", "kl", "entropy", "completions/mean_length", "groups_without_spread", "frac_reward_zero_std",
     "p_gold_drawn", "generated_tokens",
 )  # fmt: skip
