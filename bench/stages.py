@@ -7,7 +7,8 @@ them, the same for all models) where it has not done so yet; then all figures ar
 all models have scored, and that all have answered. Labels are arg-max of the scores. With the label first, pass@1 at
 temperature 1 is p(gold), read off the scores; beside it stands the unbiased estimate over the samples, which also tells
 how often label and chain are both right. Intervals are 95 % percentiles over 1,000 resamples of whole queries, since
-pairs of a query are not independent. Uniform guessing reaches pass@1 0.250 and pass@4 0.684.
+pairs of a query are not independent; two models are compared on the same resamples, which is sharper than two
+intervals. Uniform guessing reaches pass@1 0.250 and pass@4 0.684.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
     print(overall(measured))
     print()
     print(by_kind(measured))
+    print()
+    print(differences(measured))
     return 0
 
 
@@ -238,6 +241,27 @@ def by_kind(measured: dict[str, Columns]) -> str:
             cells.append(f"{measures.macro_f1(confusion(mine)):.3f}")
         lines.append(f"| {kind} | {(kinds == kind).sum()} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def differences(measured: dict[str, Columns]) -> str:
+    """A Markdown table: how much better each model is than each one before it, in macro-F1, on the same pairs."""
+    names = list(measured)
+    lines = ["| macro-F1, column less row | " + " | ".join(names[1:]) + " |", "|---" * len(names) + "|"]
+    for place, before in enumerate(names[:-1]):
+        cells = ["" for _ in names[1 : place + 1]]
+        for after in names[place + 1 :]:
+            both = {name: measured[after][name] for name in ("query", "gold")}
+            both |= {"said": said(measured[after]), "before": said(measured[before])}
+            low, high = interval(both, gain)
+            cells.append(f"{gain(both):+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append(f"| {before} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gain(both: Columns) -> float:
+    """Macro-F1 of `said` less that of `before`."""
+    measure = MEASURES["macro-F1"]
+    return measure(both) - measure(both | {"said": both["before"]})
 
 
 if __name__ == "__main__":

@@ -80,3 +80,15 @@ def test_the_pairs_held_out_are_those_of_dev_and_test(tmp_path: Path) -> None:
     gold = pa.table({"pair_id": ["a1", "b2", "c3"], "split": ["test", "train", "dev"], "label": [4, 1, 2]})
     write_deltalake(str(tmp_path / "gold"), gold)
     assert stages.of_splits(str(tmp_path), "dev", "test") == "pair_id IN ('a1', 'c3')"
+
+
+def test_a_model_is_better_by_the_difference_on_the_same_pairs() -> None:
+    gold = np.array([4, 3, 2, 1] * 10)
+    wrong = np.where(np.arange(40) % 8 == 0, 1, gold)
+    columns = {"gold": gold, "query": np.repeat(np.arange(10), 4)}
+    found = stages.differences({"a": columns | {"said": wrong}, "b": columns | {"said": gold}})
+    gained = 1.0 - (2 * 5 / 15 + 1 + 1 + 2 * 10 / 25) / 4
+    assert found.splitlines()[0] == "| macro-F1, column less row | b |"
+    low, high = (float(x) for x in found.splitlines()[2].split("[")[1].split("]")[0].split(","))
+    assert f"| a | {gained:+.3f} [" in found
+    assert 0 < low < gained < high
