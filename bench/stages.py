@@ -53,8 +53,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sampled", type=int, metavar="PAIRS", help="sample so many pairs, always the same; 0: none")
     args = parser.parse_args(argv)
     limit = ["--limit", str(args.sampled)] if args.sampled else []
+    chosen = ["--where", of_splits(args.tables, args.split)]
     for model in args.models:
-        spoken(["backfill", "--tables", args.tables, "--model", model, "--where", of_splits(args.tables, args.split)])
+        spoken(["backfill", "--tables", args.tables, "--model", model, *chosen])
         if args.sampled == 0:
             continue
         spoken(["sample", "--tables", args.tables, "--model", model, "--split", args.split, "--n", str(N), *limit])

@@ -421,6 +421,7 @@ class Night(Waves):
         self.between = threading.Lock()  # held while a batch is worked on
         self._written = 0  # rows of label_probs that this run's commits inserted or changed
         self._looked = time.monotonic()  # when the gates were last looked at
+        self._failed = 0  # of them, at most at one look
 
     def forget_removed_pairs(self) -> None:
         """Removes label_probs rows, of all models, whose pair is gone."""
@@ -613,9 +614,8 @@ class Night(Waves):
                 )
         self._looked = time.monotonic()
         if failed := sum(level == "fail" for _, _, level, *_ in told):
-            self._count(
-                gates_failed=max(0, failed - self.run.counts.get("gates_failed", 0))
-            )  # looked at again, not anew
+            self._count(gates_failed=max(0, failed - self._failed))  # a stream that stays looks at the same ones again
+            self._failed = max(failed, self._failed)
 
     def gates(self) -> list[tuple[str, str, str, float | None, float, str]]:
         """What was looked at, as rows of `gates`; also keeps the mix of labels for the next run to compare with."""

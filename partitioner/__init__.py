@@ -1,1 +1,1 @@
-"""Where to cut: pairs into shards that share prefixes."""
+"""Where to cut: pairs into shards that share prefixes, a night into waves, probability into tiers."""

@@ -12,6 +12,7 @@ import json
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,7 +66,7 @@ class TooManyRefused(RuntimeError):
     exit_code = 3
 
 
-class Waves:
+class Waves(ABC):
     """A run of engines over lines of prompts, wave by wave: plans, checks first use, keeps the run's row.
 
     What a wave asks and writes is its owner's; `done` is the outcome of a row that counts as done.
@@ -97,13 +98,13 @@ class Waves:
         self._allowed_refused = self.max_refused
         self._poison: list[str] = []  # pairs on which an engine died in this run
 
+    @abstractmethod
     def ask(self, rows: DataFrame) -> DataFrame:
         """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Writes a wave's landed answers, in one commit. Runs while the engines are at the next wave."""
-        raise NotImplementedError
 
     def asked_to_stop(self) -> str | None:
         """Why no more work is to begin; None where it may."""

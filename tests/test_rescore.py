@@ -27,7 +27,6 @@ from udfs.engine import EngineSettings
 from udfs.model import Model
 from udfs.prompt import Renderer, load
 from udfs.score import Scoring
-from udfs.selfcheck import asked
 
 PRODUCTS = [
     ("k1", "Steel kettle 1.7 l", {"material": "steel"}, "Boils water for four cups of tea in three minutes. " * 4),
@@ -307,8 +306,8 @@ def test_canaries_that_are_none_are_refused_by_the_name_of_their_file(tmp_path: 
 
 def test_a_check_that_killed_its_engine_asks_other_prompts_at_each_try() -> None:
     prompts = list(range(12))
-    assert asked(prompts, 0) == prompts
-    assert sorted(p for attempt in (1, 2, 3) for p in asked(prompts, attempt)) == prompts
+    assert selfcheck.asked(prompts, 0) == prompts
+    assert sorted(p for attempt in (1, 2, 3) for p in selfcheck.asked(prompts, attempt)) == prompts
 
 
 def test_lines_for_people_say_which_job_and_how_it_ended() -> None:
