@@ -1,6 +1,6 @@
 """One night through the job and through bare vLLM: the same prompts, the same order, the same machine, in turns.
 
-python -m bench.night [--model demo-base|tiny|FOLDER] [--shape log|wands|esci] [--products 100] [--rounds 3]
+python -m bench.night [--model demo-base|tiny|4b|FOLDER] [--shape log|wands|esci] [--products 100] [--rounds 3]
                       [--kv-cache-gib 1] [--arrival] [--server] [--ray]
 
 The night: products of the demo catalogue, each with some queries. Shapes: log, 30 pairs a product and queries by Zipf's
@@ -43,7 +43,9 @@ SHAPES = ("log", "wands", "esci")
 def main() -> None:
     """Runs the rounds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="demo-base", help="demo-base, tiny (4 layers, 256 wide, random), a folder")
+    parser.add_argument(
+        "--model", default="demo-base", help="demo-base, tiny (4 layers, 256 wide, random), 4b, a folder"
+    )
     parser.add_argument("--shape", default="log", choices=SHAPES)
     parser.add_argument("--products", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
@@ -77,12 +79,42 @@ def main() -> None:
 
 
 def model_folder(name: str, folder: Path) -> str:
-    """The folder of a model; `tiny` is made here."""
+    """The folder of a model; `tiny` and `4b` are made here, with random weights: the pace does not depend on them."""
     if name == "tiny":
         from tests.models import tiny_model
 
         return str(tiny_model(folder / "tiny", width=256, layers=4))
+    if name == "4b":
+        return str(apart(model_of_4b, str(folder / "4b")))
     return str(demo.model.demo_model()) if name == "demo-base" else name
+
+
+def model_of_4b(folder: str) -> str:
+    """Writes a model of Qwen3-4B's shape, 8 GB, with the demo's tokenizer and prompt."""
+    import shutil
+
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "prompt.json"):
+        shutil.copy(demo.model.demo_model() / file, folder)
+    return folder
 
 
 def a_night(products: int, shape: str) -> list[dict[str, Any]]:
@@ -109,11 +141,10 @@ def a_night(products: int, shape: str) -> list[dict[str, Any]]:
     return night
 
 
-def apart(work: Any, *arguments: Any) -> dict[str, Any]:
+def apart(work: Any, *arguments: Any) -> Any:
     """Runs a function in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        found: dict[str, Any] = process.submit(work, *arguments).result()
-    return found
+        return process.submit(work, *arguments).result()
 
 
 def bare_vllm(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
@@ -136,19 +167,11 @@ def bare_vllm(model: str, prompts: list[list[int]], cache: float) -> dict[str, A
 
 def as_the_job(model: str, cache: float) -> dict[str, Any]:
     """What the job's engine is told, for peers."""
-    from udfs.engine import EngineSettings
+    from vllm.platforms import current_platform
 
-    settings = EngineSettings(model=model, kv_cache_gib=cache)
-    return {
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "block_size": settings.block_size,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
-        "hf_overrides": {"head_dtype": "float32"},
-    }
+    from udfs.engine import EngineSettings, as_vllm_says
+
+    return as_vllm_says(EngineSettings(model=model, kv_cache_gib=cache), current_platform.is_cpu())
 
 
 def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
@@ -160,9 +183,13 @@ def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, A
 
     port, served = 18_765, "model"
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
-    words += ["--host", "127.0.0.1", "--served-model-name", served, "--enforce-eager", "--block-size", "32"]
-    words += ["--max-model-len", "2048", "--max-num-seqs", "128", "--max-num-batched-tokens", "2048"]
-    words += ["--hf-overrides", '{"head_dtype": "float32"}', "--kv-cache-memory-bytes", str(int(cache * 2**30))]
+    words += ["--host", "127.0.0.1", "--served-model-name", served]
+    for name, value in as_the_job(model, cache).items():
+        if name != "skip_tokenizer_init":  # a server tells tokens as text
+            flag = ("--no-" if value is False else "--") + name.replace("_", "-")
+            words += (
+                [flag] if isinstance(value, bool) else [flag, value if isinstance(value, str) else json.dumps(value)]
+            )
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     with open(f"{tempfile.gettempdir()}/bench-server.log", "wb") as log:
         server = subprocess.Popen([*words, "--disable-uvicorn-access-log"], env=environment, stdout=log, stderr=log)  # noqa: S603

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import REPO
 from tests.models import tiny_model
+from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, as_vllm_says
 
 
 def python(script: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -102,6 +103,18 @@ elif how == "slow":
     engine._engine.step = lambda: (time.sleep(3), real())[1]
     print("answers", len(selfcheck.probabilities(engine, prompts[:12], labels, ahead=3)))
 """
+
+
+def test_a_step_is_as_large_as_was_asked_or_as_its_device_wants() -> None:
+    def step(on_cpu: bool, **asked: int) -> tuple[int, int]:
+        told = as_vllm_says(EngineSettings(model="m", **asked), on_cpu)  # type: ignore[arg-type]
+        return told["max_num_seqs"], told["max_num_batched_tokens"]
+
+    assert step(on_cpu=True) == STEP_ON_CPU
+    assert step(on_cpu=False) == STEP_ON_GPU
+    assert step(on_cpu=False, max_num_seqs=7, max_num_batched_tokens=99) == (7, 99)
+    # On CPU a step takes whole prompts.
+    assert step(on_cpu=True, max_num_batched_tokens=99, max_model_len=300) == (STEP_ON_CPU[0], 300)
 
 
 def test_the_engine_computes_what_the_plain_model_computes_and_reuses_prefixes(tiny: Path) -> None:

@@ -26,6 +26,10 @@ from udfs.model import Manifest, fetched, refuse_changed
 
 # Ends the worker when the engine is broken beyond repair; Spark then starts a new worker for the retry.
 BROKEN_ENGINE_EXIT = 70
+# Pairs and tokens in a step. A GPU wants more at once (`python -m bench.pace`): with steps of 128 and 2,048, of 256 and
+# 4,096, of 512 and 8,192 one H200 scored 1,466, 2,308, 2,188 pairs/s (4B weights), and 1,945, 2,494, 2,739 (135M).
+STEP_ON_CPU = (128, 2048)
+STEP_ON_GPU = (512, 8192)
 LOADING_SECONDS = 900  # a large model may take minutes to load and to compile its first step: till then nothing hangs
 
 
@@ -37,7 +41,8 @@ class EngineSettings:
     fp32_head: project onto the vocabulary in float32; bf16 logits alone are steps of 0.06 to 0.25 nat wide.
     max_model_len: longest prompt and answer together, in tokens. block_size: tokens in a KV block; 32 is the least
     that gives prefix hits on CPU. kv_cache_gib: KV cache on CPU. gpu_memory: share of a GPU's memory on CUDA.
-    max_num_seqs, max_num_batched_tokens: pairs (or samples) and tokens in one step of the engine.
+    max_num_seqs, max_num_batched_tokens: pairs (or samples) and tokens in one step of the engine; None: STEP_ON_CPU or
+    STEP_ON_GPU, whatever the engine finds.
     tensor_parallel: GPUs that hold one copy of the model. hang_seconds: no step finished for so long is a hang.
     model: folder or URI. manifest, weights_hash: what it must hold when it is loaded (`udfs.model.refuse_changed`).
     """
@@ -51,8 +56,8 @@ class EngineSettings:
     block_size: int = 32
     kv_cache_gib: float = 1.0
     gpu_memory: float = 0.9
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     tensor_parallel: int = 1
     hang_seconds: int = 300
     seed: int = 0
@@ -165,7 +170,6 @@ class VllmEngine:
         folder = fetched(settings.model)
         if settings.manifest:
             refuse_changed(folder, settings.manifest, settings.weights_hash)
-        settings = within_memory(settings)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # see the first lines of this file
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing calls home
@@ -178,38 +182,16 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         on_cpu = current_platform.is_cpu()
-        device: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory}
-        budget = settings.max_num_batched_tokens
         if on_cpu:
-            device = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
-            # vLLM 0.32 breaks on CPU when a prompt with a seed of its own is computed in pieces ("CPU Generator does
-            # not use offset"), so a step takes whole prompts and must have room for the longest.
-            device["enable_chunked_prefill"] = False
-            budget = max(budget, settings.max_model_len)
             # Attention in bf16 uses AMX where the processor has it. The kernel must be asked for leave first, which
             # vLLM leaves to oneDNN; a small model may not need that before, and died of an illegal instruction.
             import torch
 
             getattr(torch.cpu, "_init_amx", bool)()
-        arguments = EngineArgs(
-            model=folder,
-            skip_tokenizer_init=True,  # it is fed with ids only; the tokenizer is the prompt's business
-            trust_remote_code=False,
-            load_format="safetensors",  # "auto" would fall back to pickle files
-            dtype=settings.dtype,  # type: ignore[arg-type]
-            hf_overrides={"head_dtype": "float32"} if settings.fp32_head else {},
-            max_model_len=settings.max_model_len,
-            block_size=settings.block_size,
-            enable_prefix_caching=True,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=budget,
-            tensor_parallel_size=settings.tensor_parallel,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            seed=settings.seed,
-            **device,
-        )
+        settings = within_memory(settings, on_cpu)
+        arguments = EngineArgs(model=folder, **as_vllm_says(settings, on_cpu))
         self.settings = settings
+        self._seqs = settings.max_num_seqs or 1
         self._hang_seconds = max(settings.hang_seconds, LOADING_SECONDS)
         with Watchdog(self._hang_seconds):
             self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
@@ -244,7 +226,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        for index, output in self._outputs(prompts, lambda _: parameters, ahead or 2 * self.settings.max_num_seqs):
+        for index, output in self._outputs(prompts, lambda _: parameters, ahead or 2 * self._seqs):
             by_id = output.outputs[0].logprobs[0]
             yield Answer(index, tuple(by_id[i].logprob for i in label_ids), output.num_cached_tokens or 0)
 
@@ -273,7 +255,7 @@ class VllmEngine:
             )
 
         # Enough samples that a finished one is replaced at once, without keeping the cache full of waiting prompts.
-        ahead = ahead or max(1, 2 * self.settings.max_num_seqs // sampling.n)
+        ahead = ahead or max(1, 2 * self._seqs // sampling.n)
         for index, output in self._outputs(prompts, parameters, ahead):
             ids = tuple(tuple(one.token_ids) for one in sorted(output.outputs, key=lambda one: one.index))
             yield Samples(index, ids, (output.num_cached_tokens or 0) if sampling.n == 1 else None)
@@ -326,6 +308,35 @@ class VllmEngine:
         self._engine.reset_prefix_cache()
 
 
+def as_vllm_says(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
+    """The settings as arguments of a vLLM engine, but for its model."""
+    seqs, budget = _step(settings, on_cpu)
+    device: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory}
+    if on_cpu:
+        device = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30), "enforce_eager": True}
+        # vLLM 0.32 breaks on CPU when a prompt with a seed of its own is computed in pieces ("CPU Generator does not
+        # use offset"), so a step takes whole prompts and must have room for the longest.
+        device["enable_chunked_prefill"] = False
+        budget = max(budget, settings.max_model_len)
+    return {
+        "skip_tokenizer_init": True,  # it is fed with ids only; the tokenizer is the prompt's business
+        "trust_remote_code": False,
+        "load_format": "safetensors",  # "auto" would fall back to pickle files
+        "dtype": settings.dtype,
+        "hf_overrides": {"head_dtype": "float32"} if settings.fp32_head else {},
+        "max_model_len": settings.max_model_len,
+        "block_size": settings.block_size,
+        "enable_prefix_caching": True,
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": budget,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": settings.seed,
+        **device,
+    }
+
+
 class _broken_engine_ends_the_process:
     def __enter__(self) -> None: ...
 
@@ -356,25 +367,24 @@ def note_out_of_memory() -> None:
             file.write(f"{os.getpid()}\n")
 
 
-def within_memory(settings: EngineSettings) -> EngineSettings:
-    """The settings with half as many prompts and tokens in a step for each engine that ran out of memory on this
-    executor, at most three times: beyond that it is a prompt, or the machine."""
+def within_memory(settings: EngineSettings, on_cpu: bool) -> EngineSettings:
+    """The settings with the size of a step filled in: half as many prompts and tokens for each engine that ran out of
+    memory on this executor, at most three times: beyond that it is a prompt, or the machine."""
+    seqs, budget = _step(settings, on_cpu)
     notes = _notes()
-    count = min(3, len(notes.read_text().split())) if notes and notes.exists() else 0
-    if not count:
-        return settings
-    less = dataclasses.replace(
-        settings,
-        max_num_seqs=max(1, settings.max_num_seqs >> count),
-        max_num_batched_tokens=max(settings.block_size, settings.max_num_batched_tokens >> count),
-    )
-    print(
-        f"engine: {count} ran out of memory on this executor; a step takes {less.max_num_seqs} prompts and "
-        f"{less.max_num_batched_tokens} tokens now",
-        file=sys.stderr,
-        flush=True,
-    )
-    return less
+    if count := min(3, len(notes.read_text().split())) if notes and notes.exists() else 0:
+        seqs, budget = max(1, seqs >> count), max(settings.block_size, budget >> count)
+        print(
+            f"engine: {count} ran out of memory on this executor; a step takes {seqs} prompts and {budget} tokens now",
+            file=sys.stderr,
+            flush=True,
+        )
+    return dataclasses.replace(settings, max_num_seqs=seqs, max_num_batched_tokens=budget)
+
+
+def _step(settings: EngineSettings, on_cpu: bool) -> tuple[int, int]:
+    seqs, budget = STEP_ON_CPU if on_cpu else STEP_ON_GPU
+    return settings.max_num_seqs or seqs, settings.max_num_batched_tokens or budget
 
 
 def _notes() -> Path | None:

@@ -606,6 +606,7 @@ def _tokenizer(folder: str) -> Any:
 
 def _log(settings: TrainSettings) -> TrainerCallback:
     """Appends each logged step to the stage's log, and tells people."""
+    import torch
     from transformers import TrainerCallback
 
     class Log(TrainerCallback):
@@ -617,6 +618,8 @@ def _log(settings: TrainSettings) -> TrainerCallback:
             if not state.is_world_process_zero or not logs:
                 return
             figures = {k: v for k, v in logs.items() if isinstance(v, int | float)}
+            if torch.cuda.is_available():
+                figures["gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             with open(f"{settings.out}/{LOG}", "a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": state.global_step} | figures) + "\n")
             now = time.monotonic()
@@ -642,7 +645,7 @@ _DRAWN = (
 )  # fmt: skip
 _SHOWN = (
     "loss", "label_loss", "chain_loss", "label_accuracy", "rewards/margins", "rewards/accuracies", "rewards/right/mean",
-    "rewards/agrees/mean", "groups_without_spread", "kl",
+    "rewards/agrees/mean", "groups_without_spread", "kl", "gpu_peak_gb",
 )  # fmt: skip
 
 
