@@ -410,6 +410,25 @@ def test_fields_after_the_description_stay_when_it_is_cut() -> None:
     assert part == Part(ids("d" * 23 + "T" + "t" * 40), 7)
 
 
+@pytest.mark.parametrize(("title", "filled"), [(20, 10), (30, 0), (31, 31)])
+def test_a_fill_brings_the_first_part_to_a_boundary_and_no_text_is_lost(title: int, filled: int) -> None:
+    made = renderer(small([segment("title", "T", "\n"), segment("query", "Q"), {"text": TAIL}], fill="~"))
+    assert made.product("t" * title) == Part(ids("T" + "t" * title + "\n" + "~" * filled), 0)
+    assert made.query("red shoes") == Part(ids("Qred shoes" + TAIL), 0)
+
+
+def test_a_fill_leaves_the_description_whole_and_text_over_a_budget_is_still_cut() -> None:
+    fields = [segment("title"), segment("description", "D", "", 50), segment("query"), {"text": TAIL}]
+    part = renderer(small(fields, fill="~")).product("t" * 20, description="d" * 60)
+    assert part == Part(ids("t" * 20 + "D" + "d" * 50 + "~" * 25), 10)
+
+
+def test_a_fill_stands_behind_the_query_where_that_comes_first() -> None:
+    made = renderer(small([segment("query", "Q"), segment("title", "T"), {"text": TAIL}], fill="~"))
+    assert made.query("red shoes") == Part(ids("Qred shoes" + "~" * 22), 0)
+    assert made.product("t" * 40) == Part(ids("T" + "t" * 40 + TAIL), 0)
+
+
 # --- the prompt's id ---
 
 
@@ -421,12 +440,14 @@ def test_prompt_id_changes_with_template_labels_and_tokenizer() -> None:
         small([segment("title", "T"), *base[1:]]),
         small([*base[:2], {"text": TAIL + "\n"}]),
         small(base, block=16),
+        small(base, fill="\n"),
+        small(base, fill=" "),
         small(base, labels={"4": "a", "3": "b", "2": "c", "1": "d"}),
         small(base, labels={"4": "1", "3": "2", "2": "3", "1": "4"}),
         load(template(TAIL, segments=base), bytes_only("<more>"), 300),
     ]
     assert small(base) == same
-    assert len({p.prompt_id for p in [same, *others]}) == 8
+    assert len({p.prompt_id for p in [same, *others]}) == 10
     assert len(same.prompt_id) == 16
 
 
@@ -463,6 +484,9 @@ TITLE, QUERY, END = segment("title"), segment("query"), {"text": TAIL}
         ({"colour": "red"}, "the prompt file must be an object with exactly the keys"),
         ({"block": 0}, "block is 0; it must be a whole number"),
         ({"block": True}, "block is True"),
+        ({"fill": "ab"}, r"fill is 'ab', of the ids \(97, 98\); it must be a string that is one token"),
+        ({"fill": ""}, "fill is ''"),
+        ({"fill": None}, "fill is None"),
         ({"segments": {}}, "segments must be a list"),
         ({"segments": [TITLE, QUERY, "tail"]}, "a field segment must be an object"),
         ({"segments": [TITLE, QUERY, {"text": 4}]}, "it must be a string"),

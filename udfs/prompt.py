@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -47,12 +47,14 @@ class Prompt:
     """A checked template for one tokenizer. Plain data: it travels to Spark's workers inside a closure.
 
     `label_ids` are the answer tokens in the order of LABELS; `first` says which part the prompt begins with; `block`
-    is the number of tokens in a KV cache block; `reserved` are the ids that no text from data may become.
+    is the number of tokens in a KV cache block; `fill` is the token that brings the first part to a block's end, None
+    where the description's end goes for that; `reserved` are the ids that no text from data may become.
     """
 
     prompt_id: str
     label_ids: tuple[int, int, int, int]
     block: int
+    fill: int | None
     first: str
     product: tuple[Segment, ...]
     query: tuple[Segment, ...]
@@ -85,7 +87,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], tokenizer_json: str
     labels that are not one token each after the prompt's end, ids that the model does not have.
     """
     spec = _read(source)
-    _keys("the prompt file", spec, {"version", "labels", "block", "segments"})
+    _keys("the prompt file", spec, {"version", "labels", "block", "segments"}, optional={"fill"})
     if spec["version"] != 1:
         raise ValueError(f"the prompt file has version {spec['version']!r}; version 1 is read. Write it in that form.")
     _positive("block", spec["block"])
@@ -99,7 +101,8 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], tokenizer_json: str
         for t in texts
     ]
     label_ids = _label_ids(tokenizer, spec["labels"], texts[-1].after if texts[-1].field else texts[-1].before)
-    highest = max({i for s in segments for i in (*s.before, *s.after)} | set(label_ids))
+    fill = _fill(tokenizer, spec["fill"]) if "fill" in spec else None
+    highest = max({i for s in segments for i in (*s.before, *s.after)} | {*label_ids, fill or 0})
     if highest >= vocab_size:
         raise ValueError(
             f"the template or its labels need token id {highest}, but the model has only the ids 0..{vocab_size - 1}. "
@@ -115,6 +118,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], tokenizer_json: str
         prompt_id=hashlib.sha256(canonical.encode()).hexdigest()[:16],
         label_ids=label_ids,
         block=spec["block"],
+        fill=fill,
         first="product" if product_first else "query",
         product=product,
         query=query,
@@ -141,11 +145,12 @@ class Renderer:
     ) -> Part:
         """The product's part. `attributes` as a mapping, or as the pairs that Arrow gives for a map.
 
-        Where the prompt begins with it and it is two blocks or longer, it ends on a block's boundary, so that all pairs
-        of the product share all of it; with 30 pairs a product that left 14.3 tokens to compute a pair, not 22.7. Only
-        the description's end goes for that. If it has fewer tokens than must go, the part stays as it is. If it goes
-        whole, its `before` and `after` stay: they are the template's, and without them the boundary would be missed.
-        Raises ValueError for a lone surrogate.
+        Where the prompt begins with it, it ends on a block's boundary, so that all pairs of the product share all of
+        it; with 30 pairs a product that left 14.3 tokens to compute a pair, not 22.7. A prompt with `fill` repeats that
+        token up to the boundary: no text is lost, and a product costs up to a block more, once. Without, the
+        description's end goes where the part is two blocks or longer. If it has fewer tokens than must go, the part
+        stays as it is. If it goes whole, its `before` and `after` stay: they are the template's, and without them the
+        boundary would be missed. Raises ValueError for a lone surrogate.
         """
         named = sorted(dict(attributes or {}).items())
         texts = {
@@ -155,17 +160,17 @@ class Renderer:
             "attributes": "; ".join(f"{key}: {value}" for key, value in named if value and not value.isspace()),
             "description": description,
         }
-        return self._part(self.prompt.product, texts, self.prompt.block if self.prompt.first == "product" else None)
+        return self._part(self.prompt.product, texts, self.prompt.first == "product")
 
     def query(self, query: str) -> Part:
-        """The query's part. Raises ValueError for a lone surrogate."""
-        return self._part(self.prompt.query, {"query": query}, None)
+        """The query's part; filled up where the prompt begins with it. Raises ValueError for a lone surrogate."""
+        return self._part(self.prompt.query, {"query": query}, self.prompt.first == "query")
 
     def join(self, product: Part, query: Part) -> list[int]:
         """The whole prompt of a pair, in the template's order."""
         return product.ids + query.ids if self.prompt.first == "product" else query.ids + product.ids
 
-    def _part(self, segments: Iterable[Segment], texts: Mapping[str, str | None], block: int | None) -> Part:
+    def _part(self, segments: Iterable[Segment], texts: Mapping[str, str | None], first: bool) -> Part:
         pieces: list[Iterable[int]] = []
         description: list[int] = []
         cut = 0
@@ -177,9 +182,11 @@ class Renderer:
                 pieces += [segment.before, ids, segment.after]
             if segment.field == "description":
                 description = ids
-        length = sum(1 for _ in chain.from_iterable(pieces))
-        over = length % block if block and length >= 2 * block else 0
-        if 0 < over <= len(description):
+        length, block = sum(1 for _ in chain.from_iterable(pieces)), self.prompt.block
+        over = length % block
+        if first and self.prompt.fill is not None:
+            pieces.append([self.prompt.fill] * (-length % block))
+        elif first and length >= 2 * block and 0 < over <= len(description):
             del description[-over:]
             cut += over
         return Part(list(chain.from_iterable(pieces)), cut)
@@ -210,8 +217,8 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Any:
         raise ValueError(f"prompt file {source} is no readable JSON ({error}); name one by --prompt.") from error
 
 
-def _keys(what: str, has: Any, wanted: set[str]) -> None:
-    if not isinstance(has, dict) or set(has) != wanted:
+def _keys(what: str, has: Any, wanted: set[str], optional: Collection[str] = ()) -> None:
+    if not isinstance(has, dict) or set(has) - set(optional) != wanted:
         raise ValueError(
             f"{what} must be an object with exactly the keys {sorted(wanted)}, not {str(has)[:200]!r}; "
             "demo/prompt.json is one that works."
@@ -237,6 +244,16 @@ def _checked(segment: Any) -> _Text:
     _positive(f"budget of field {segment['field']}", segment["budget"])
     before, lead = (segment["before"][:-1], " ") if segment["before"].endswith(" ") else (segment["before"], "")
     return _Text(segment["field"], before, segment["after"], segment["budget"], lead)
+
+
+def _fill(tokenizer: Tokenizer, text: Any) -> int:
+    """The token that fills the first part up to a block's end."""
+    ids = template_ids(tokenizer, text) if isinstance(text, str) else ()
+    if len(ids) != 1:
+        raise ValueError(
+            f"fill is {text!r}, of the ids {ids}; it must be a string that is one token, such as a line break."
+        )
+    return ids[0]
 
 
 def _where_the_second_part_begins(fields: list[str]) -> int:
