@@ -6,6 +6,7 @@ import json
 import pickle
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -210,8 +211,9 @@ def test_no_text_in_any_field_becomes_a_control_token(family: str) -> None:
     @settings(max_examples=60, deadline=None)
     @given(text, text, text, st.dictionaries(text, text, max_size=3), text, text)
     def check(title: str, brand: str, category: str, attributes: dict[str, str], description: str, query: str) -> None:
-        made = Renderer(prompt)
+        made, fill = Renderer(prompt), prompt.label_ids[0]
         product, asked = made.product(title, brand, category, attributes, description), made.query(query)
+        filling = Renderer(replace(prompt, fill=fill))
         packed = "; ".join(f"{k}: {v}" for k, v in sorted(attributes.items()) if v and not v.isspace())
         texts = dict(zip(FIELDS, (title, brand, category, packed, description, query), strict=True))
         # The slow, obvious prompt: template and field, one after the other, then the cut at a block's end.
@@ -224,8 +226,10 @@ def test_no_text_in_any_field_becomes_a_control_token(family: str) -> None:
                 if found or s.field in ("", "query"):
                     pieces.append((s, found))
             parts.append(pieces)
-        lengths = [sum(len(s.before) + len(found) + len(s.after) for s, found in pieces) for pieces in parts]
-        over = lengths[0] % 32 if lengths[0] >= 64 else 0
+        whole = [i for s, found in parts[0] for i in (*s.before, *found, *s.after)]
+        filled = filling.product(title, brand, category, attributes, description)
+        assert filled.ids == whole + [fill] * (-len(whole) % 32)
+        over = len(whole) % 32 if len(whole) >= 64 else 0
         for s, found in parts[0]:
             if s.field == "description" and over <= len(found):
                 del found[len(found) - over :]
