@@ -26,7 +26,7 @@ test: lint java ## style, types and the tests that are quick; under ten minutes
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: lint java ## style, types and all tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: setup ## style and types
 	$(PYTHON) -m ruff check .

@@ -142,5 +142,7 @@ export SPARK_SUBMIT_OPTS="\"-Dlog4j2.configurationFile=file:$repo/log4j2.propert
 if [ "$mode" = cluster ]; then
     exec "$SPARK_HOME/bin/spark-submit" "${submit[@]}" "$repo/jobs/main.py" "$@"
 fi
-export PYSPARK_SUBMIT_ARGS="${submit[*]@Q} pyspark-shell"
+# Quoted by what pyspark splits them with: the shell's own quoting writes letters beyond ASCII otherwise in the C locale.
+PYSPARK_SUBMIT_ARGS="$("$python" -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "${submit[@]}") pyspark-shell"
+export PYSPARK_SUBMIT_ARGS
 exec "$python" "$repo/jobs/main.py" "$@"

@@ -32,7 +32,7 @@ import demo.catalogue
 from jobs import rescore
 from schemas import delta
 from schemas.tables import TABLES
-from udfs import selfcheck
+from udfs import adapter, selfcheck
 from udfs.decode import label_probs
 from udfs.engine import EngineSettings, VllmEngine
 from udfs.model import fetched
@@ -97,6 +97,9 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
         points.append(("memory", *memory(what.model.path)))
         if spark is not None and delta.exists(spark, args.tables, "models"):
             rescore.refuse_foreign_prompt(spark, args.tables, what)
+            if active:
+                rescore.refuse_other_prompt(spark, args.tables, what)
+        adapter.refuse_chain_first(what.model.path)
     except (ValueError, OSError) as error:
         points.append(("model and prompt", True, str(error)))
     return points, what

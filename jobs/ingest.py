@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import reduce
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     found = inputs.listed(spark, where, args.format, WANTED[flag])
-    intake = Intake(spark, args.tables, source, runs.start(spark, args.tables, JOB))
+    intake = Intake(spark, args.tables, source, runs.start(spark, args.tables, JOB, alone=True))
     try:
         refusal = None
         if flag == "--pairs":
@@ -82,12 +82,14 @@ def main(argv: list[str]) -> int:
         elif flag == "--products":
             intake.products(found)
         else:
-            intake.deletions(found)
+            refusal = intake.deletions(found)
     except BaseException as error:
         runs.fail(spark, args.tables, intake.counted(), error)
         raise
     finally:
         delta.drop_scratch(spark, args.tables, intake.run.run_id)
+    if intake.counts["refused_files"] and not intake.counts["read"]:
+        refusal = refusal or "nothing was read: every file was refused, see quarantine"
     runs.finish(spark, args.tables, intake.counted(), "done", refusal)
     print(*intake.told, *([f"{JOB}: {refusal}"] if refusal else []), sep="\n", flush=True)
     return GATE_FAILED if refusal or (args.strict and intake.counts["quarantined"]) else 0
@@ -112,6 +114,7 @@ class Intake:
         self.now = F.lit(datetime.now(UTC))
         self.counts: Counter[str] = Counter()
         self.told: list[str] = []  # what the operator reads at the end
+        self.ignored: list[str] = []  # names of fields that mean nothing here
 
     # The three commands
 
@@ -138,7 +141,7 @@ class Intake:
         total = sum(self.counts[c] for c in ("inserted", "updated", "unchanged"))
         self.counts["duplicates"] = self.counts["accepted"] - total
 
-        refusal, gone = self.absent(unique, bad, stored) if snapshot else (None, None)
+        refusal, gone = self.absent(unique, bad, stored, found.skipped) if snapshot else (None, None)
         if total > self.counts["unchanged"]:
             kept_away = unique.select("pair_id") if gone is None else unique.select("pair_id").union(gone)
             others = self.land("others", self.followers(unique, stored.join(kept_away, "pair_id", how="left_anti")))
@@ -186,12 +189,18 @@ class Intake:
             f"pairs: {self.counts['updated']:,} changed, {self.counts['unchanged']:,} unchanged",
         )
 
-    def deletions(self, found: Input) -> None:
-        """Removes pairs, or all pairs of a product; gold keeps its judgements."""
+    def deletions(self, found: Input) -> str | None:
+        """Removes pairs, or all pairs of a product; gold keeps its judgements. Returns why nothing was deleted."""
         good, _ = self.read(found, {})
         unique = self.land("unique", good.select("pair_id", "locale", "product_id", "query").distinct())
         stored = delta.read(self.spark, self.root, "pairs").select("pair_id", "locale", "product_id")
         one, all_of = unique.where("query IS NOT NULL"), unique.where("query IS NULL")
+        if self.ignored and not all_of.isEmpty():
+            return (
+                f"--delete deleted nothing: there are rows without a query, which delete all pairs of a product, and "
+                f"fields that mean nothing here ({', '.join(self.ignored[:_NAMES_TOLD])}); was one of them the query? "
+                f"The fields are {', '.join(canonical.DELETE_FIELDS)}"
+            )
         gone = stored.join(one, "pair_id", how="left_semi")
         gone = gone.unionByName(stored.join(all_of, ["locale", "product_id"], how="left_semi"))
         gone = self.land("gone", gone.distinct())
@@ -200,6 +209,7 @@ class Intake:
         self.counts.update(duplicates=self.counts["accepted"] - unique.count(), rows_without_pairs=idle)
         self.delete(gone)
         self.say(f"pairs: {self.counts['deleted']:,} deleted", f"{idle:,} rows named no pair that is there")
+        return None
 
     # Their steps
 
@@ -216,6 +226,7 @@ class Intake:
             good = good.join(torn, place, how="left_anti")
             count = torn.count()
             self.counts.update(accepted=-count, quarantined=count)
+        self.ignored = judged.ignored
         if judged.ignored:
             some = ", ".join(judged.ignored[:_NAMES_TOLD])
             self.told.append(f"{JOB}: fields that mean nothing here were left out: {some}")
@@ -273,10 +284,15 @@ class Intake:
             rows = rows.withColumns({"source": F.lit(self.source), "judged_at": self.now})
             delta.upsert(self.spark, self.root, "gold", rows)
 
-    def absent(self, unique: DataFrame, bad: DataFrame, stored: DataFrame) -> tuple[str, None] | tuple[None, DataFrame]:
+    def absent(
+        self, unique: DataFrame, bad: DataFrame, stored: DataFrame, skipped: Sequence[str]
+    ) -> tuple[str, None] | tuple[None, DataFrame]:
         """The pairs (pair_id) that a snapshot does not name; or, with a sentence, why none may be deleted."""
         if not self.counts["accepted"]:
             return "--snapshot deleted nothing, because no row of the input was accepted", None
+        if skipped:
+            why = f"{len(skipped):,} files of another kind lie there, such as {sorted(skipped)[0]}; take them away"
+            return f"--snapshot deleted nothing, because {why}", None
         if nameless := bad.where("pair_id IS NULL").count():
             why = f"{nameless:,} refused rows or files do not tell which pairs they are; mend them and run it again"
             return f"--snapshot deleted nothing, because {why}", None

@@ -23,7 +23,6 @@ from schemas import delta, runs
 from schemas.tables import TABLES
 
 JOB = "maintain"
-LEAST_DAYS = 7
 
 
 def main(argv: list[str]) -> int:
@@ -33,17 +32,22 @@ def main(argv: list[str]) -> int:
         "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
     )
     parser.add_argument("--table", action="append", choices=sorted(TABLES), help="only this one (may be repeated)")
-    parser.add_argument("--keep-days", type=int, default=LEAST_DAYS, metavar="N", help="versions to keep (default 7)")
+    parser.add_argument(
+        "--keep-days", type=int, default=delta.KEPT_DAYS, metavar="N", help="versions to keep (default 7)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what is there, and stop")
     parser.add_argument("--drop-model", metavar="MODEL_ID", help="remove this model's rows from label_probs")
     parser.add_argument("--yes", action="store_true", help="do it: with --drop-model")
     args = parser.parse_args(argv)
-    if args.keep_days < LEAST_DAYS:
+    if args.keep_days < delta.KEPT_DAYS:
         raise ValueError(
-            f"--keep-days {args.keep_days}: at least {LEAST_DAYS}; readers, and a stream that was away, need the files"
+            f"--keep-days {args.keep_days}: at least {delta.KEPT_DAYS}; readers, and a stream that was away, need the "
+            "files"
         )
     if args.yes and not args.drop_model:
         raise ValueError("--yes belongs to --drop-model MODEL_ID")
+    if args.drop_model and (args.dry_run or args.table):
+        raise ValueError("--drop-model goes without --dry-run and --table; without --yes it only says what would go")
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     if args.drop_model:
@@ -54,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def maintain(
-    spark: SparkSession, root: str, names: list[str], keep_days: int = LEAST_DAYS, dry_run: bool = False
+    spark: SparkSession, root: str, names: list[str], keep_days: int = delta.KEPT_DAYS, dry_run: bool = False
 ) -> None:
     """Optimises and vacuums the tables, one after the other."""
     run = None if dry_run else runs.start(spark, root, JOB)

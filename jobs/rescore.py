@@ -95,9 +95,12 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
             f"{folder} has no prompt.json and --prompt was not given; write one (demo/prompt.json is a template for "
             "ChatML models) and pass it with --prompt FILE"
         )
+    files = manifest(model.path)
+    if inspect(folder).model_id != model.model_id:  # or the rows of what came meanwhile would bear the old one's id
+        raise ValueError(f"{folder} changed while it was looked at; start again when it is whole")
     settings = EngineSettings(
         model=model.source,
-        manifest=manifest(model.path),
+        manifest=files,
         weights_hash=model.weights_hash if full else None,
         dtype=args.dtype,
         fp32_head=args.head == "float32",
@@ -174,9 +177,18 @@ def base_folder(folder: str) -> str:
 
 
 def registered_folder(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]:
-    """Folder of whole weights and stage of a model_id in `models`. Raises ValueError, naming the ones there are."""
+    """Folder of whole weights and stage of a model_id in `models`.
+
+    Raises ValueError, naming the ones there are; and where another model lies in that folder now.
+    """
     folder, stage = registered(spark, root, model_id)
-    return whole_folder(folder), stage
+    folder = whole_folder(folder)
+    if (found := inspect(folder).model_id) != model_id:
+        raise ValueError(
+            f"--model {model_id}: its folder {folder} holds another model now ({found}); put the former back, or name "
+            "the folder itself to score with what lies there"
+        )
+    return folder, stage
 
 
 def registered(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]:
@@ -316,6 +328,10 @@ def rescore(
     checkpoint = f"{root}/_checkpoints/{JOB}/{what.model.model_id}-{what.prompt.prompt_id}"
     try:
         night.forget_removed_pairs()
+        if delta.days_since(spark, f"{checkpoint}/commits") > delta.KEPT_DAYS:
+            # It points at changes whose files may be gone. Without it all pairs are looked at; judged ones are skipped.
+            print(f"{JOB}: {checkpoint} rested for more than {delta.KEPT_DAYS} days and is begun anew", flush=True)
+            delta.drop(spark, checkpoint)
         for one in nights if retry_failed else ():
             one.retry_failed()
         writer = delta.changes(spark, root, "pairs").writeStream.foreachBatch(night.batch)

@@ -68,6 +68,7 @@ LOCAL_CONF = {
 }
 _COMMIT_TRIES = 10
 LOCK = "_commit.lock"
+KEPT_DAYS = 7  # files of older versions may be gone (`maintain`), whoever still points at them
 LOCK_SECONDS = 3600.0  # a commit takes seconds, an OPTIMIZE minutes: its holder was stopped, or its disk is gone
 _alone = threading.Lock()
 # In Delta's Python these have no common base but PySparkException.
@@ -232,20 +233,19 @@ def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
     where = _quoted(root, table.name)
     snapshot = _snapshot(spark, root, table.name)
     found = {f.name: f for f in StructType.fromJson(json.loads(snapshot.metadata().schemaString())).fields}
+    # Delta cannot make a column NOT NULL that may be null.
+    anew = f"move the folder of {where} away, start the job again, which makes it, and insert the old rows into it"
     differences = []
     for column in table.columns:
         if column.name not in found:
-            differences.append(
-                f"column {column.name} is missing (ALTER TABLE {where} ADD COLUMN {column.name} {column.type})"
-            )
+            mend = anew if column.required else f"ALTER TABLE {where} ADD COLUMN {column.name} {column.type}"
+            differences.append(f"column {column.name} is missing ({mend})")
             continue
         has = found[column.name]
         if has.dataType.simpleString().upper() != column.type:
             differences.append(f"column {column.name} is {has.dataType.simpleString()}, wanted {column.type.lower()}")
         if column.required and has.nullable:
-            differences.append(
-                f"column {column.name} may be null (ALTER TABLE {where} ALTER COLUMN {column.name} SET NOT NULL)"
-            )
+            differences.append(f"column {column.name} may be null ({anew})")
     differences += [f"column {name} is not in the contract" for name in found if name not in table.names]
     properties, entries = {}, snapshot.metadata().configuration().iterator()
     while entries.hasNext():
@@ -326,6 +326,15 @@ def inside(spark: SparkSession, folder: str) -> list[str]:
     where = jvm.org.apache.hadoop.fs.Path(folder)
     storage = where.getFileSystem(spark._jsc.hadoopConfiguration())
     return [found.getPath().getName() for found in (storage.listStatus(where) if storage.exists(where) else [])]
+
+
+def days_since(spark: SparkSession, folder: str) -> float:
+    """Days since something was last written into a folder that is no table; 0 where there is no such folder."""
+    jvm: Any = spark._jvm
+    where = jvm.org.apache.hadoop.fs.Path(folder)
+    storage = where.getFileSystem(spark._jsc.hadoopConfiguration())
+    written = [f.getModificationTime() for f in (storage.listStatus(where) if storage.exists(where) else [])]
+    return (time.time() - max(written) / 1000) / 86_400 if written else 0.0
 
 
 def drop(spark: SparkSession, folder: str) -> None:

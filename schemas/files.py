@@ -139,7 +139,11 @@ def _local_listing(where: str) -> list[tuple[str, str | None]]:
     if not os.path.isdir(path):
         return [(path, _irregular(path, os.path.realpath(os.path.dirname(path))))]
     found: list[tuple[str, str | None]] = []
-    for folder, folders, names in os.walk(path):
+
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}")
+
+    for folder, folders, names in os.walk(path, onerror=unreadable):
         if "_delta_log" in folders:
             raise ValueError(_delta_table(folder))
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]

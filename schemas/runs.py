@@ -184,10 +184,12 @@ def refuse_second(
     row = told.where(same & (F.col("run_id") != mine)).head()
     if row:
         holder = _lease(spark, root, row["run_id"]).holder()
+        alike = " with this model and prompt" if model_id else ""
         raise ValueError(
-            f"run {row['run_id']} of {job} with this model and prompt is alive, in process {holder.get('pid', '?')} on "
-            f"{holder.get('host', '?')}. Two would do the same work twice. Wait for it, or end that process; if it is "
-            f"gone, its lease lapses {LAPSED_SECONDS / 60:.0f} minutes after its last sign of life."
+            f"run {row['run_id']} of {job}{alike} is alive, in process {holder.get('pid', '?')} on "
+            f"{holder.get('host', '?')}. Two would do the same work twice, or undo each other's. Wait for it, or end "
+            f"that process; if it is gone, its lease lapses {LAPSED_SECONDS / 60:.0f} minutes after its last sign of "
+            "life."
         )
 
 
@@ -228,7 +230,7 @@ class Lease:
         threading.Thread(target=renew, name="lease", daemon=True).start()
 
     def _sign(self) -> None:
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+        who = {"host": socket.gethostname(), "pids": _pids(), "pid": os.getpid(), "born": _born(os.getpid())}
         stream = self._storage.create(self._path, True)
         try:
             stream.write(bytearray(json.dumps(who), "utf-8"))
@@ -255,9 +257,10 @@ class Lease:
             return {}
 
     def held(self) -> bool:
-        """Whether its run is alive. Of another host only the storage's clock tells, which is one for all."""
+        """Whether its run is alive. Of another host, or a container beside this one, only the storage's clock tells,
+        which is one for all."""
         who = self.holder()
-        if who.get("host") == socket.gethostname():
+        if who.get("host") == socket.gethostname() and who.get("pids") == _pids():
             return bool(_born(int(who["pid"])) == who["born"])
         now = self._path.suffix(f".look-{secrets.token_hex(4)}")  # others may be looking too
         try:
@@ -268,6 +271,14 @@ class Lease:
         finally:
             self._storage.delete(now, False)
         return bool(looked - renewed < 1000 * LAPSED_SECONDS)
+
+
+def _pids() -> str | None:
+    """Which numbering of processes this one lives in: two containers of one host name may have the same pids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _born(pid: int) -> str | None:

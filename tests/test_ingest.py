@@ -19,7 +19,7 @@ from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
 from jobs import ingest
-from schemas import canonical, delta, files
+from schemas import canonical, delta, files, runs
 from tests.conftest import SHARED
 
 Ingest = Callable[..., int]
@@ -536,6 +536,11 @@ def test_a_snapshot_deletes_what_is_absent_but_not_what_was_refused_by_name(
     for rows in (["", ""], ["{", "[]"], [pair(0, title="New"), '{"product_id": "p1"}']):
         assert take("--pairs", jsonl(tmp_path / "left.jsonl", *rows), "--snapshot") == 3
         assert "--snapshot deleted nothing, because " in capsys.readouterr().out
+    (folder := tmp_path / "folder").mkdir()
+    jsonl(folder / "part-1.jsonl", pair(0, title="New"))
+    (folder / "part-2.jsonl.zst").write_bytes(b"the other pairs")
+    assert take("--pairs", folder, "--snapshot") == 3
+    assert "1 files of another kind lie there, such as part-2.jsonl.zst" in capsys.readouterr().out
     assert versions(spark, root)["pairs"] == at["pairs"]
 
 
@@ -611,6 +616,29 @@ def test_delete_removes_a_pair_or_a_product_and_leaves_gold_alone(
     at = versions(spark, root)
     assert take("--delete", jsonl(tmp_path / "gone.jsonl", *gone[:4])) == 0
     assert versions(spark, root) == at
+    # A misspelt field is no reason to take the whole product.
+    assert take("--delete", jsonl(tmp_path / "gone.jsonl", {"product_id": "p3", "Query": "query 3"})) == 3
+    assert "--delete deleted nothing" in (said := capsys.readouterr().out)
+    assert "(Query)" in said
+    assert versions(spark, root) == at
+
+
+def test_a_second_ingest_is_refused_while_the_first_is_alive(
+    spark: SparkSession, root: str, take: Ingest, tmp_path: Path
+) -> None:
+    first = runs.start(spark, root, "ingest")
+    with pytest.raises(ValueError, match=f"run {first.run_id} of ingest is alive"):
+        take("--pairs", jsonl(tmp_path / "in.jsonl", pair(1)))
+    runs.finish(spark, root, first, "done")
+    assert take("--pairs", jsonl(tmp_path / "in.jsonl", pair(1))) == 0
+
+
+def test_an_input_of_which_nothing_was_read_is_no_success(
+    spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no footer")
+    assert take("--pairs", tmp_path / "cut.parquet") == 3
+    assert "nothing was read: every file was refused, see quarantine" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -54,7 +54,13 @@ def test_a_model_is_dropped_only_with_yes_and_never_while_in_force(
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"), [(["--keep-days", "1"], "at least 7"), (["--yes"], "belongs to --drop-model")]
+    ("flags", "reason"),
+    [
+        (["--keep-days", "1"], "at least 7"),
+        (["--yes"], "belongs to --drop-model"),
+        (["--drop-model", "m", "--yes", "--dry-run"], "goes without --dry-run"),
+        (["--drop-model", "m", "--yes", "--table", "gold"], "goes without --dry-run and --table"),
+    ],
 )
 def test_a_flag_that_would_take_a_readers_files_is_refused(flags: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from dataclasses import replace
@@ -21,10 +22,10 @@ from partitioner import prefix, waves
 from schemas import delta, runs, tables
 from tests import judged
 from tests.engines import load_drifting, load_fake, load_mortal, logprobs
-from tests.models import PROMPT, tiny_tokenizer
+from tests.models import PROMPT, tiny_model, tiny_tokenizer
 from udfs import selfcheck
 from udfs.engine import EngineSettings
-from udfs.model import Model
+from udfs.model import Model, inspect
 from udfs.prompt import Renderer, load
 from udfs.score import Scoring
 
@@ -145,6 +146,34 @@ def test_a_lost_checkpoint_costs_no_tokens(spark: SparkSession, root: str) -> No
     shutil.rmtree(Path(root) / "_checkpoints")
     run = rescore(spark, root, scoring())
     assert run.counts == {"seen": 12, "skipped": 12}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_rested_longer_than_files_are_kept_is_begun_anew(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(spark, root, PRODUCTS)
+    rescore(spark, root, scoring())
+    (commits,) = Path(root).glob("_checkpoints/rescore/*/commits")
+    for file in commits.iterdir():
+        os.utime(file, (time.time() - 8 * 86_400,) * 2)
+    put(spark, root, [("k1", "Steel kettle, new", {}, None)])
+    run = rescore(spark, root, scoring())
+    assert "rested for more than 7 days and is begun anew" in capsys.readouterr().out
+    assert (run.counts["skipped"], run.counts["scored"]) == (12 - run.counts["scored"], run.counts["scored"])
+    assert run.counts["scored"] > 0
+
+
+def test_a_model_id_whose_folder_holds_another_model_now_is_refused(
+    spark: SparkSession, root: str, tmp_path: Path
+) -> None:
+    model = inspect(str(tiny_model(tmp_path / "model")))
+    row = {"path": model.path, "stage": "sft", "weights_hash": "ff", "created_at": judged.NOW}
+    of_now, of_before = {**row, "model_id": model.model_id}, {**row, "model_id": "00000000000000ff"}
+    judged.fill(spark, root, "models", [of_now, of_before])
+    assert job.registered_folder(spark, root, model.model_id) == (model.path, "sft")
+    with pytest.raises(ValueError, match=f"holds another model now \\({model.model_id}\\)"):
+        job.registered_folder(spark, root, "00000000000000ff")
 
 
 @pytest.mark.slow
