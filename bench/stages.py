@@ -31,7 +31,7 @@ from jobs import rescore
 from jobs.sample import PASS_AT_K
 from partitioner import measures
 from partitioner.measures import Floats
-from schemas import delta
+from schemas import delta, gold
 from schemas.labels import LABELS, NAMES, P_COLUMNS
 from udfs.model import inspect
 from udfs.prompt import load
@@ -77,8 +77,8 @@ def spoken(command: list[str]) -> None:
 
 def of_splits(tables: str, *splits: str) -> str:
     """A condition of SQL: a judged pair of these splits."""
-    gold = DeltaTable(f"{tables}/gold").to_pyarrow_table(columns=["pair_id", "split"]).to_pylist()
-    ids = sorted({row["pair_id"] for row in gold if row["split"] in splits})  # digits of a hash: nothing to escape
+    judged = DeltaTable(f"{tables}/gold").to_pyarrow_table(columns=["pair_id", "split"]).to_pylist()
+    ids = sorted({row["pair_id"] for row in judged if row["split"] in splits})  # digits of a hash: nothing to escape
     return "pair_id IN (" + ", ".join(f"'{i}'" for i in ids) + ")"
 
 
@@ -121,9 +121,7 @@ def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: s
     """
     mine = (F.col("model_id") == model_id) & (F.col("prompt_id") == prompt_id)
     kinds = demo.catalogue.query_kinds()
-    gold = (
-        delta.read(spark, root, "gold").where(F.col("split") == split).select("pair_id", F.col("label").alias("gold"))
-    )
+    judged = gold.judged(spark, root, split).where("label IS NOT NULL").select("pair_id", F.col("label").alias("gold"))
     scores = delta.read(spark, root, "label_probs").where(mine & (F.col("outcome") == "scored"))
     samples = delta.read(spark, root, "samples").where(mine & (F.col("split") == split) & (F.col("temperature") == 1))
     # Other runs may have drawn another number of answers.
@@ -134,7 +132,7 @@ def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: s
     passes = passes.withColumn("way", F.concat("what", F.lit(" "), "k"))
     way = passes.groupBy("pair_id").pivot("way", list(PASSES)).agg(F.first("pass"))
     answers = way.join(agrees, "pair_id", how="inner")
-    rows = gold.join(scores, "pair_id", how="inner").join(answers, "pair_id", how="left").orderBy("pair_id").collect()
+    rows = judged.join(scores, "pair_id", how="inner").join(answers, "pair_id", how="left").orderBy("pair_id").collect()
     if not rows:
         raise ValueError(f"model {model_id} has scored no pair of the split {split}")
     p = np.array([[row[name] for name in P_COLUMNS] for row in rows])

@@ -202,14 +202,20 @@ def train_pairs(spark: SparkSession, args: argparse.Namespace) -> DataFrame:
 def answered(
     spark: SparkSession, args: argparse.Namespace, lesson: Lesson, pairs: DataFrame, where: str = "true"
 ) -> DataFrame:
-    """The parent's sampled answers to the present text of train `pairs`, of the newest run that has any."""
+    """The parent's sampled answers to the present text and judgement of train `pairs`: those of the run with most pairs
+    among those of several answers a pair, of equals the newest."""
     asked = delta.read(spark, args.tables, "samples").where(
         (F.col("model_id") == lesson.parent.model_id)
         & (F.col("prompt_id") == lesson.prompt.prompt_id)
         & (F.col("split") == "train")
     )
-    mine = asked.where(where).join(pairs, ["pair_id", "content_hash"], how="left_semi")
-    return mine.where(F.col("run_id") == mine.agg(F.max("run_id")).collect()[0][0])
+    present = pairs.select("pair_id", "content_hash", F.col("label").alias("gold"))
+    mine = asked.where(where).join(present, ["pair_id", "content_hash", "gold"], how="left_semi")
+    of_runs = mine.groupBy("run_id").agg(
+        (F.max("sample") > 0).alias("several"), F.count_distinct("pair_id").alias("pairs")
+    )
+    best = of_runs.orderBy(F.desc("several"), F.desc("pairs"), F.desc("run_id")).head()
+    return mine.where(F.col("run_id") == F.lit(best["run_id"] if best else None))
 
 
 def parts(row: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +245,7 @@ def train(
             "prompt_id": lesson.prompt.prompt_id,
             "order": lesson.form.order,
             "trained_on": sorted({*lesson.trained_on, *sources(spark, args)}),
-            "data_hash": land(how, data),
+            "data_hash": land(how, data, parent=lesson.parent.weights_hash, base=lesson.base_hash),
             "settings": how.recipe(),
         }
         figures = launch(how, args.processes, not engines.is_local(spark), **more)

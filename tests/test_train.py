@@ -249,8 +249,9 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
 @pytest.mark.usefixtures("spark")
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_two_processes_train_one_model_and_end_together(
-    answers: Form, taught: Path, tmp_path: Path, stage: str
+    answers: Form, taught: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("PYTHONPATH")  # the tests' own, which an operator does not have
     rows = lessons(answers)
     how = settings(taught, tmp_path / stage, stage, full=False, epochs=2, learning_rate=1e-3)
     more: dict[str, Any] = {"label_at": 0}
@@ -267,6 +268,15 @@ def test_two_processes_train_one_model_and_end_together(
     if stage == "grpo":
         spent = [entry["generated_tokens"] for entry in told]
         assert spent[-2] < 300 <= spent[-1]
+
+
+def test_a_whole_model_takes_from_its_base_what_does_not_tell_of_other_weights(base: Path, tmp_path: Path) -> None:
+    (parent := tmp_path / "parent").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors.index.json", "canaries.json", "x.bin"):
+        (parent / name).write_text("{}")
+    train.leave(settings(base, tmp_path / "out"), "parent", str(parent))
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["chat_template.jinja", "tokenizer.json"]
 
 
 def test_rarer_labels_weigh_more_by_the_power_that_is_asked_for(base: Path, tmp_path: Path) -> None:
@@ -368,6 +378,8 @@ def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Fo
     train.land(settings(base, tmp_path), lessons(answers, 4))
     with pytest.raises(ValueError, match="differs in the rows"):
         train.land(settings(base, tmp_path), lessons(answers, 8))
+    with pytest.raises(ValueError, match="differs in the weights it starts from"):
+        train.land(settings(base, tmp_path), lessons(answers, 4), parent="another's")
     with pytest.raises(ValueError, match="differs in learning_rate"):
         train.land(settings(base, tmp_path, learning_rate=1.0), lessons(answers, 4))
 

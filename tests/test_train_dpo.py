@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
+from jobs import train_sft
 from jobs.train_dpo import preferences
 from tests import judged
 
@@ -63,6 +66,28 @@ def test_no_label_gets_more_than_an_equal_share(spark: SparkSession) -> None:
     mixed["one"] = (1, [(1, "good", True), (2, "bad", True)])
     found = [row["label"] for row in made(spark, mixed)]
     assert (found.count(4), found.count(1)) == (5, 1)  # ten were found, of two labels
+
+
+def test_answers_are_those_of_the_fullest_draw_to_what_is_judged_now(spark: SparkSession, root: str) -> None:
+    draws: list[tuple[str, int, int, list[str]]] = [  # run, answers a pair, gold as it was, pairs
+        ("1-full", 2, 4, ["a", "b", "c"]),
+        ("2-some", 2, 4, ["a"]),
+        ("3-greedy", 1, 4, ["a", "b", "c"]),
+        ("4-before", 2, 3, ["a", "b", "c"]),  # the label was put right since
+    ]
+    rows = [
+        judged.sample(pair, was, 4, "why", run_id=run_id, sample=n)
+        for run_id, count, was, asked in draws
+        for pair in asked
+        for n in range(count)
+    ]
+    judged.fill(spark, root, "samples", rows)
+    pairs = spark.createDataFrame([(pair, "h", 4) for pair in "abc"], "pair_id STRING, content_hash STRING, label INT")
+    lesson: Any = SimpleNamespace(
+        parent=SimpleNamespace(model_id=judged.MODEL), prompt=SimpleNamespace(prompt_id=judged.PROMPT)
+    )
+    found = train_sft.answered(spark, Namespace(tables=root), lesson, pairs).collect()
+    assert sorted((r["run_id"], r["pair_id"]) for r in found) == [("1-full", p) for p in "aabbcc"]
 
 
 @pytest.mark.parametrize("column", ["label", "rejected_label"])

@@ -84,20 +84,25 @@ class TrainSettings:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("base", "out", "adapter")}
 
 
-def land(settings: TrainSettings, rows: Sequence[dict[str, Any]]) -> str:
+def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], **weights: str) -> str:
     """Writes the rows of a stage into its out folder; returns their hash.
 
-    Raises ValueError where the folder holds another training: its checkpoints would go on with other rows.
+    `weights`: hashes of what is trained on. Raises ValueError where the folder holds another training: its checkpoints
+    would go on with other rows, or with what was made from another parent.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     data_hash = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    plan: dict[str, Any] = json.loads(json.dumps({"data_hash": data_hash, "settings": dataclasses.asdict(settings)}))
+    plan: dict[str, Any] = json.loads(
+        json.dumps({"data_hash": data_hash, "weights": weights, "settings": dataclasses.asdict(settings)})
+    )
     file = Path(settings.out) / PLAN
     if file.is_file() and (was := json.loads(file.read_text(encoding="utf-8"))) != plan:
         keys = {**was["settings"], **plan["settings"]}
-        other = [key for key in keys if was["settings"].get(key) != plan["settings"].get(key)] or ["the rows"]
+        other = [key for key in keys if was["settings"].get(key) != plan["settings"].get(key)]
+        other += ["the weights it starts from"] * (was.get("weights") != plan["weights"])
+        other += ["the rows"] * (was["data_hash"] != data_hash)
         raise ValueError(
             f"--out {settings.out} holds a training that differs in {', '.join(other)}; name another folder"
         )
@@ -112,7 +117,12 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     They run on this machine, or as tasks of the Spark cluster; then `out` must lie on a disk that all of them see.
     """
     if processes == 1:
+        # The trainer would want as many processes as there are GPUs.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         return stage(settings, **more)
+    # The processes on this machine find this code where this one found it.
+    code = str(Path(__file__).parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
     import torch
     from pyspark.ml.torch.distributor import TorchDistributor
 
@@ -131,6 +141,9 @@ def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
     return stages[settings.stage](settings, rows, **more)
 
 
+_OF_THE_BASE = ("canaries.json", "manifest.json", "merged.json", "training.json")  # they tell of its weights
+
+
 def leave(settings: TrainSettings, base_name: str, base: str) -> None:
     """What a whole folder needs beside its weights; nothing in it names this machine's folders."""
     import torch
@@ -147,7 +160,8 @@ def leave(settings: TrainSettings, base_name: str, base: str) -> None:
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:
         for file in Path(base).glob("*"):
-            if file.suffix in (".json", ".jinja") and not (out / file.name).exists():
+            of_its_weights = file.name.endswith(".index.json") or file.name in _OF_THE_BASE
+            if file.suffix in (".json", ".jinja") and not of_its_weights and not (out / file.name).exists():
                 shutil.copyfile(file, out / file.name)
 
 
@@ -591,6 +605,8 @@ def _arguments(settings: TrainSettings) -> dict[str, Any]:
         "report_to": "none",  # nothing calls home
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        # Processes may call the model a different number of times in a step; buffers are alike and need no broadcast.
+        "ddp_broadcast_buffers": False,
     }
 
 
