@@ -29,13 +29,13 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import demo.catalogue
 import demo.model
+from jobs.check import in_own_process
 
 SHAPES = ("log", "wands", "esci")
 
@@ -62,17 +62,17 @@ def main() -> None:
         rounds = []
         for number in range(args.rounds):
             root, cache = f"{folder}/tables-{number}", args.kv_cache_gib
-            figures = apart(the_job, model, night, root, cache)
+            figures = in_own_process(the_job, model, night, root, cache)
             prompts = json.loads(Path(root, "prompts.json").read_text())
-            figures["bare"] = apart(bare_vllm, model, prompts["aligned"], cache)
+            figures["bare"] = in_own_process(bare_vllm, model, prompts["aligned"], cache)
             if not number:
-                figures["unaligned"] = apart(bare_vllm, model, prompts["unaligned"], cache)
+                figures["unaligned"] = in_own_process(bare_vllm, model, prompts["unaligned"], cache)
             if args.arrival:
-                figures["arrival"] = apart(the_job, model, night, f"{root}-arrival", cache, True)
+                figures["arrival"] = in_own_process(the_job, model, night, f"{root}-arrival", cache, True)
             if args.server:
-                figures["server"] = apart(over_http, model, prompts["arrival"], cache)
+                figures["server"] = in_own_process(over_http, model, prompts["arrival"], cache)
             if args.ray:
-                figures["ray"] = apart(by_ray, model, prompts["arrival"], cache)
+                figures["ray"] = in_own_process(by_ray, model, prompts["arrival"], cache)
             rounds.append(figures)
             print(f"round {number + 1}: {summary(figures, len(night))}", flush=True)
         report(rounds, len(night), args)
@@ -85,7 +85,7 @@ def model_folder(name: str, folder: Path) -> str:
 
         return str(tiny_model(folder / "tiny", width=256, layers=4))
     if name == "4b":
-        return str(apart(model_of_4b, str(folder / "4b")))
+        return in_own_process(model_of_4b, str(folder / "4b"))
     return str(demo.model.demo_model()) if name == "demo-base" else name
 
 
@@ -141,12 +141,6 @@ def a_night(products: int, shape: str) -> list[dict[str, Any]]:
     return night
 
 
-def apart(work: Any, *arguments: Any) -> Any:
-    """Runs a function in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(work, *arguments).result()
-
-
 def bare_vllm(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
     """Seconds that `LLM.generate` takes for all prompts, and the tokens it computed."""
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -169,9 +163,9 @@ def as_the_job(model: str, cache: float) -> dict[str, Any]:
     """What the job's engine is told, for peers."""
     from vllm.platforms import current_platform
 
-    from udfs.engine import EngineSettings, as_vllm_says
+    from udfs.engine import EngineSettings, vllm_arguments
 
-    return as_vllm_says(EngineSettings(model=model, kv_cache_gib=cache), current_platform.is_cpu())
+    return vllm_arguments(EngineSettings(model=model, kv_cache_gib=cache), current_platform.is_cpu())
 
 
 def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
@@ -187,9 +181,9 @@ def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, A
     for name, value in as_the_job(model, cache).items():
         if name != "skip_tokenizer_init":  # a server tells tokens as text
             flag = ("--no-" if value is False else "--") + name.replace("_", "-")
-            words += (
-                [flag] if isinstance(value, bool) else [flag, value if isinstance(value, str) else json.dumps(value)]
-            )
+            words.append(flag)
+            if not isinstance(value, bool):
+                words.append(value if isinstance(value, str) else json.dumps(value))
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     with open(f"{tempfile.gettempdir()}/bench-server.log", "wb") as log:
         server = subprocess.Popen([*words, "--disable-uvicorn-access-log"], env=environment, stdout=log, stderr=log)  # noqa: S603

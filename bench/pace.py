@@ -9,13 +9,12 @@ in a process of its own. On a new kind of GPU this is where `--max-num-seqs` and
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
-from bench.night import a_night, apart, model_folder
-from jobs.check import prompts
+from bench.night import a_night, model_folder
+from jobs.check import in_own_process, prompts
 from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, VllmEngine
 from udfs.model import inspect
 from udfs.prompt import load
@@ -31,14 +30,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(args.model, Path(folder))
         for step in args.steps:
-            print(apart(one, model, args.products, *map(int, step.split("x"))), flush=True)
+            print(in_own_process(one, model, args.products, *map(int, step.split("x"))), flush=True)
 
 
 def one(model: str, products: int, seqs: int, budget: int) -> str:
     """The night through one engine."""
     looked_at = inspect(model)
-    spec = json.loads(Path(looked_at.prompt_file or "").read_text(encoding="utf-8"))
-    prompt = load(spec, looked_at.tokenizer_json, looked_at.vocab_size)
+    prompt = load(looked_at.prompt_file or "", looked_at.tokenizer_json, looked_at.vocab_size)
     asked = sorted(prompts(prompt, a_night(products, "log")))
     began = time.monotonic()
     engine = VllmEngine(EngineSettings(model=model, max_num_seqs=seqs, max_num_batched_tokens=budget))

@@ -18,12 +18,12 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -43,6 +43,7 @@ from udfs.score import Scoring
 ALLOWED = 1e-3  # |Δp| between engine and plain model, both in float32
 LEAST_DISK = 2 * 2**30
 Prompts = list[list[int]]
+T = TypeVar("T")
 
 
 def main(argv: list[str]) -> int:
@@ -225,11 +226,10 @@ def parity(settings: EngineSettings, prompt: Prompt, asked: Prompts) -> bool:
     return agrees
 
 
-def in_own_process(work: Any, *arguments: Any) -> list[list[float]]:
+def in_own_process(work: Callable[..., T], *arguments: Any) -> T:
     """Runs a function in a fresh process that ends with it, and with it the memory that the model took."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        found: list[list[float]] = process.submit(work, *arguments).result()
-    return found
+        return process.submit(work, *arguments).result()
 
 
 def plain_model(folder: str, asked: Prompts, label_ids: Sequence[int]) -> list[list[float]]:

@@ -71,9 +71,11 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     parser.add_argument("--kv-cache-gib", type=float, default=defaults.kv_cache_gib, help="KV cache on CPU, GiB")
     parser.add_argument("--gpu-memory", type=float, default=defaults.gpu_memory, help="share of a GPU's memory")
     by_device = f"{STEP_ON_CPU[0]} on CPU, {STEP_ON_GPU[0]} on a GPU"
-    parser.add_argument("--max-num-seqs", type=_positive, help=f"pairs in one step of the engine ({by_device})")
+    told = f"pairs in one step of the engine ({by_device})"
+    parser.add_argument("--max-num-seqs", type=_positive, default=defaults.max_num_seqs, help=told)
     by_device = f"{STEP_ON_CPU[1]} on CPU, {STEP_ON_GPU[1]} on a GPU"
-    parser.add_argument("--max-num-batched-tokens", type=_positive, help=f"tokens in one step ({by_device})")
+    told = f"tokens in one step ({by_device})"
+    parser.add_argument("--max-num-batched-tokens", type=_positive, default=defaults.max_num_batched_tokens, help=told)
     parser.add_argument("--tensor-parallel", type=_positive, default=1, help="GPUs that hold one copy of the model")
     parser.add_argument("--hang-seconds", type=_positive, default=defaults.hang_seconds, help="no answer so long: hung")
 

@@ -322,19 +322,20 @@ def drop_scratch(spark: SparkSession, root: str, run_id: str, name: str = "") ->
 
 def inside(spark: SparkSession, folder: str) -> list[str]:
     """Names in a folder that is no table, such as checkpoints; none where there is no such folder."""
-    jvm: Any = spark._jvm
-    where = jvm.org.apache.hadoop.fs.Path(folder)
-    storage = where.getFileSystem(spark._jsc.hadoopConfiguration())
-    return [found.getPath().getName() for found in (storage.listStatus(where) if storage.exists(where) else [])]
+    return [found.getPath().getName() for found in _listed(spark, folder)]
 
 
 def days_since(spark: SparkSession, folder: str) -> float:
     """Days since something was last written into a folder that is no table; 0 where there is no such folder."""
+    written = [found.getModificationTime() for found in _listed(spark, folder)]
+    return (time.time() - max(written) / 1000) / 86_400 if written else 0.0
+
+
+def _listed(spark: SparkSession, folder: str) -> list[Any]:
     jvm: Any = spark._jvm
     where = jvm.org.apache.hadoop.fs.Path(folder)
     storage = where.getFileSystem(spark._jsc.hadoopConfiguration())
-    written = [f.getModificationTime() for f in (storage.listStatus(where) if storage.exists(where) else [])]
-    return (time.time() - max(written) / 1000) / 86_400 if written else 0.0
+    return list(storage.listStatus(where)) if storage.exists(where) else []
 
 
 def drop(spark: SparkSession, folder: str) -> None:

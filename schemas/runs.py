@@ -230,7 +230,7 @@ class Lease:
         threading.Thread(target=renew, name="lease", daemon=True).start()
 
     def _sign(self) -> None:
-        who = {"host": socket.gethostname(), "pids": _pids(), "pid": os.getpid(), "born": _born(os.getpid())}
+        who = {**_here(), "pid": os.getpid(), "born": _born(os.getpid())}
         stream = self._storage.create(self._path, True)
         try:
             stream.write(bytearray(json.dumps(who), "utf-8"))
@@ -260,7 +260,7 @@ class Lease:
         """Whether its run is alive. Of another host, or a container beside this one, only the storage's clock tells,
         which is one for all."""
         who = self.holder()
-        if who.get("host") == socket.gethostname() and who.get("pids") == _pids():
+        if _here().items() <= who.items():
             return bool(_born(int(who["pid"])) == who["born"])
         now = self._path.suffix(f".look-{secrets.token_hex(4)}")  # others may be looking too
         try:
@@ -273,12 +273,13 @@ class Lease:
         return bool(looked - renewed < 1000 * LAPSED_SECONDS)
 
 
-def _pids() -> str | None:
-    """Which numbering of processes this one lives in: two containers of one host name may have the same pids."""
+def _here() -> dict[str, str | None]:
+    """The host, and its numbering of processes: two containers of one host name may have the same pids."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        pids = os.readlink("/proc/self/ns/pid")
     except OSError:
-        return None
+        pids = None
+    return {"host": socket.gethostname(), "pids": pids}
 
 
 def _born(pid: int) -> str | None:

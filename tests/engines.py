@@ -229,7 +229,7 @@ class HungryEngine(FakeEngine):
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
-        self.room = within_memory(settings, on_cpu=True).max_num_seqs or 0
+        self.room = within_memory(settings, on_cpu=True).max_num_seqs
 
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None

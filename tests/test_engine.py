@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import REPO
 from tests.models import tiny_model
-from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, as_vllm_says
+from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, vllm_arguments
 
 
 def python(script: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -107,7 +107,7 @@ elif how == "slow":
 
 def test_a_step_is_as_large_as_was_asked_or_as_its_device_wants() -> None:
     def step(on_cpu: bool, **asked: int) -> tuple[int, int]:
-        told = as_vllm_says(EngineSettings(model="m", **asked), on_cpu)  # type: ignore[arg-type]
+        told = vllm_arguments(EngineSettings(model="m", **asked), on_cpu)  # type: ignore[arg-type]
         return told["max_num_seqs"], told["max_num_batched_tokens"]
 
     assert step(on_cpu=True) == STEP_ON_CPU

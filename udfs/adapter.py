@@ -18,8 +18,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECIPE = "training.json"  # how a trained folder was made; beside an adapter, and in what is merged from it
 MERGED = "merged"
-# A folder of whole weights is copied but for these.
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "manifest.json", "prompt.json", "canaries.json", RECIPE)
+STAMP = "merged.json"  # which adapter and base a merged folder was made of
+# A folder of whole weights is copied but for these, which are its weights or tell of them.
+WEIGHT_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "manifest.json", "prompt.json", "canaries.json", RECIPE, STAMP,
+)  # fmt: skip
 
 
 def is_adapter(folder: str) -> bool:
@@ -59,7 +62,7 @@ def merge(adapter: str, base: str, target: str) -> str:
     Raises ValueError with a sentence where the base is not the adapter's, or the adapter is more than plain LoRA.
     """
     made = {"adapter": weights_hash(adapter), "base": recipe(adapter).get("base_hash") or weights_hash(base)}
-    stamp = Path(target) / "merged.json"
+    stamp = Path(target) / STAMP
 
     def make(partial: Path) -> None:
         if (found := weights_hash(base)) != made["base"]:
@@ -67,7 +70,7 @@ def merge(adapter: str, base: str, target: str) -> str:
                 f"adapter {adapter} was trained on a base with weights {made['base'][:12]}…, but {base} has "
                 f"{found[:12]}…; name the right base in {RECIPE}"
             )
-        ignored = shutil.ignore_patterns(*_WEIGHT_FILES, stamp.name)
+        ignored = shutil.ignore_patterns(*WEIGHT_FILES)
         shutil.copytree(base, partial, ignore=ignored, dirs_exist_ok=True)
         _merge_weights(Path(adapter), Path(base), partial)
         wanted = recipe(adapter).get("merged_hash")
@@ -79,7 +82,7 @@ def merge(adapter: str, base: str, target: str) -> str:
         for name in ("prompt.json", "canaries.json", RECIPE):
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, partial / name)
-        (partial / stamp.name).write_text(json.dumps(made))
+        (partial / STAMP).write_text(json.dumps(made))
 
     with made_once(Path(target), make, lambda: stamp.is_file() and json.loads(stamp.read_text()) == made):
         return target

@@ -41,7 +41,7 @@ class EngineSettings:
     fp32_head: project onto the vocabulary in float32; bf16 logits alone are steps of 0.06 to 0.25 nat wide.
     max_model_len: longest prompt and answer together, in tokens. block_size: tokens in a KV block; 32 is the least
     that gives prefix hits on CPU. kv_cache_gib: KV cache on CPU. gpu_memory: share of a GPU's memory on CUDA.
-    max_num_seqs, max_num_batched_tokens: pairs (or samples) and tokens in one step of the engine; None: STEP_ON_CPU or
+    max_num_seqs, max_num_batched_tokens: pairs (or samples) and tokens in one step of the engine; 0: STEP_ON_CPU or
     STEP_ON_GPU, whatever the engine finds.
     tensor_parallel: GPUs that hold one copy of the model. hang_seconds: no step finished for so long is a hang.
     model: folder or URI. manifest, weights_hash: what it must hold when it is loaded (`udfs.model.refuse_changed`).
@@ -56,8 +56,8 @@ class EngineSettings:
     block_size: int = 32
     kv_cache_gib: float = 1.0
     gpu_memory: float = 0.9
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
     tensor_parallel: int = 1
     hang_seconds: int = 300
     seed: int = 0
@@ -189,9 +189,8 @@ class VllmEngine:
 
             getattr(torch.cpu, "_init_amx", bool)()
         settings = within_memory(settings, on_cpu)
-        arguments = EngineArgs(model=folder, **as_vllm_says(settings, on_cpu))
+        arguments = EngineArgs(model=folder, **vllm_arguments(settings, on_cpu))
         self.settings = settings
-        self._seqs = settings.max_num_seqs or 1
         self._hang_seconds = max(settings.hang_seconds, LOADING_SECONDS)
         with Watchdog(self._hang_seconds):
             self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
@@ -226,7 +225,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        for index, output in self._outputs(prompts, lambda _: parameters, ahead or 2 * self._seqs):
+        for index, output in self._outputs(prompts, lambda _: parameters, ahead or 2 * self.settings.max_num_seqs):
             by_id = output.outputs[0].logprobs[0]
             yield Answer(index, tuple(by_id[i].logprob for i in label_ids), output.num_cached_tokens or 0)
 
@@ -255,7 +254,7 @@ class VllmEngine:
             )
 
         # Enough samples that a finished one is replaced at once, without keeping the cache full of waiting prompts.
-        ahead = ahead or max(1, 2 * self._seqs // sampling.n)
+        ahead = ahead or max(1, 2 * self.settings.max_num_seqs // sampling.n)
         for index, output in self._outputs(prompts, parameters, ahead):
             ids = tuple(tuple(one.token_ids) for one in sorted(output.outputs, key=lambda one: one.index))
             yield Samples(index, ids, (output.num_cached_tokens or 0) if sampling.n == 1 else None)
@@ -308,7 +307,7 @@ class VllmEngine:
         self._engine.reset_prefix_cache()
 
 
-def as_vllm_says(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
+def vllm_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
     """The settings as arguments of a vLLM engine, but for its model."""
     seqs, budget = _step(settings, on_cpu)
     device: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory}

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from schemas.labels import LABELS
+from udfs import adapter
 from udfs.answer import Form, conclusion
 from udfs.difficulty import STATE, Difficulty, pass_rates
 from udfs.forest import IGNORED, Row, forests, grouped, logprobs, planted
@@ -141,28 +142,25 @@ def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
     return stages[settings.stage](settings, rows, **more)
 
 
-_OF_THE_BASE = ("canaries.json", "manifest.json", "merged.json", "training.json")  # they tell of its weights
-
-
 def leave(settings: TrainSettings, base_name: str, base: str) -> None:
     """What a whole folder needs beside its weights; nothing in it names this machine's folders."""
     import torch
     from safetensors.torch import load_file, save_file
 
     out = Path(settings.out)
-    config = out / "adapter_config.json"
+    config = out / adapter.CONFIG
     if config.is_file():
         # As the base it is added to: half the bytes, and the sum is rounded to that anyway.
-        weights = load_file(out / "adapter_model.safetensors")
+        weights = load_file(out / adapter.WEIGHTS)
         halved = {name: weight.to(getattr(torch, settings.dtype)) for name, weight in weights.items()}
-        save_file(halved, out / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(halved, out / adapter.WEIGHTS, metadata={"format": "pt"})
         told = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:
-        for file in Path(base).glob("*"):
-            of_its_weights = file.name.endswith(".index.json") or file.name in _OF_THE_BASE
-            if file.suffix in (".json", ".jinja") and not of_its_weights and not (out / file.name).exists():
-                shutil.copyfile(file, out / file.name)
+        files = {file.name for file in Path(base).glob("*") if file.suffix in (".json", ".jinja")}
+        for name in files - shutil.ignore_patterns(*adapter.WEIGHT_FILES)(base, sorted(files)):
+            if not (out / name).exists():
+                shutil.copyfile(Path(base) / name, out / name)
 
 
 def draw(out: str) -> str:
