@@ -65,9 +65,8 @@ def main(argv: list[str]) -> int:
     how = [text for name in flags for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     stages.spoken(["ingest", "--tables", tables, "--pairs", str(file.absolute()), "--source", SOURCE])
     stages.spoken(["train_sft", "--tables", tables, "--model", "demo-base", "--out", sft, "--labels-only", *how])
-    held_out = ["--where", stages.of_splits(tables, "dev", "test")]
     for model in models.values():
-        stages.spoken(["backfill", "--tables", tables, "--model", model, *held_out])
+        stages.score(tables, model, "dev", "test")
     spark = delta.session(SOURCE)
     dev, test = (scored(spark, tables, models, split) for split in ("dev", "test"))
     taught = taught_pairs(sft)

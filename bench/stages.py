@@ -38,6 +38,7 @@ from udfs.prompt import load
 
 REPO = Path(__file__).resolve().parent.parent
 N = 8
+NAMED = 3000  # pairs that one command names
 RESAMPLES = 1000
 BINS = 10  # of the calibration error
 Columns = dict[str, Any]
@@ -53,9 +54,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sampled", type=int, metavar="PAIRS", help="sample so many pairs, always the same; 0: none")
     args = parser.parse_args(argv)
     limit = ["--limit", str(args.sampled)] if args.sampled else []
-    chosen = ["--where", of_splits(args.tables, args.split)]
     for model in args.models:
-        spoken(["backfill", "--tables", args.tables, "--model", model, *chosen])
+        score(args.tables, model, args.split)
         if args.sampled == 0:
             continue
         spoken(["sample", "--tables", args.tables, "--model", model, "--split", args.split, "--n", str(N), *limit])
@@ -75,11 +75,18 @@ def spoken(command: list[str]) -> None:
     subprocess.run([str(REPO / "spark-submit.sh"), *command], check=True, stdout=sys.stderr)  # noqa: S603
 
 
-def of_splits(tables: str, *splits: str) -> str:
-    """A condition of SQL: a judged pair of these splits."""
+def score(tables: str, model: str, *splits: str) -> None:
+    """Scores the judged pairs of these splits."""
+    for condition in of_splits(tables, *splits):
+        spoken(["backfill", "--tables", tables, "--model", model, "--where", condition])
+
+
+def of_splits(tables: str, *splits: str) -> list[str]:
+    """Conditions of SQL that choose the judged pairs of these splits between them: an argument holds 128 KiB."""
     judged = DeltaTable(f"{tables}/gold").to_pyarrow_table(columns=["pair_id", "split"]).to_pylist()
-    ids = sorted({row["pair_id"] for row in judged if row["split"] in splits})  # digits of a hash: nothing to escape
-    return "pair_id IN (" + ", ".join(f"'{i}'" for i in ids) + ")"
+    # Digits of a hash: nothing to escape.
+    ids = sorted({f"'{row['pair_id']}'" for row in judged if row["split"] in splits})
+    return [f"pair_id IN ({', '.join(ids[begin : begin + NAMED])})" for begin in range(0, len(ids), NAMED)]
 
 
 def identity(spark: SparkSession, root: str, name: str) -> tuple[str, str]:

@@ -31,8 +31,8 @@ step "publish: tiers for the index" ./spark-submit.sh publish --tables $tables
 step "explain: the reasoning behind some labels" ./spark-submit.sh explain --tables $tables --model demo --pairs "$some"
 step "sql: what an analyst sees, on queries that the model has not seen" ./spark-submit.sh sql --tables $tables --width 60 "
     SELECT labels.query, title AS product, g.label AS human, labels.tier, round(p_excellent, 2) AS p4, round(p_related, 2) AS p3,
-        round(p_mismatch, 2) AS p2, round(p_irrelevant, 2) AS p1, chain
-    FROM labels JOIN pairs USING (pair_id) JOIN gold g USING (pair_id) JOIN explanations USING (pair_id)
+        round(p_mismatch, 2) AS p2, round(p_irrelevant, 2) AS p1, e.label AS explained, chain
+    FROM labels JOIN pairs USING (pair_id) JOIN gold g USING (pair_id) JOIN explanations e USING (pair_id)
     ORDER BY xxhash64(pair_id)"
 
 echo

@@ -289,8 +289,8 @@ def shifts(spark: SparkSession, root: str, what: Scoring, chosen: Chosen, by: st
     probs = delta.read(spark, root, "label_probs").where("outcome = 'scored'")
 
     def tiers(version: int) -> DataFrame:
-        cuts = stored.where(F.col("version") == version).withColumn("status", F.lit("active"))
-        return thresholds.labels(spark, probs, pairs, cuts).where("tier IS NOT NULL AND NOT stale")
+        found = thresholds.labels_under(spark, version, stored, probs, pairs)
+        return found.where("tier IS NOT NULL AND NOT stale")
 
     old = tiers(in_force.version).select("pair_id", F.col("tier").alias("old"))
     if newest:

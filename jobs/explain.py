@@ -20,6 +20,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.rescore import add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
+from partitioner import thresholds
 from partitioner.waves import Waves
 from schemas import delta, runs
 from schemas.labels import LABELS, NAMES
@@ -90,7 +91,7 @@ def explain(
 
 def chosen(spark: SparkSession, root: str, pairs: str, limit: int) -> DataFrame:
     """The selected pairs (pair_id), each once, in memory. As a subquery, so that only what reads is SQL here."""
-    delta.register(spark, root)
+    thresholds.register(spark, root)
     PySparkLogger.getLogger("SQLQueryContextLogger").disabled = True  # says each error once more, as JSON
     try:
         found = spark.sql(f"SELECT pair_id FROM (\n{pairs.strip().rstrip(';')}\n)").limit(limit + 1)  # noqa: S608
@@ -142,7 +143,7 @@ class Reasoning(Waves):
         self._count(seen=total, **{reason: count for reason, count in counts.items() if reason})
         if not counts.keys() & {None, "skipped"}:
             why = "; ".join(f"{counts[r]:,}: {sentence}" for r, sentence in REASONS.items() if r in counts)
-            raise ValueError(
+            raise runs.Unmet(
                 f"none of the {total:,} selected pairs can be explained ({why}); score them first: rescore --tables "
                 f"{self.root} --model {what.model.path}"
             )

@@ -41,7 +41,6 @@ MIN_QUERIES = 10  # a segment needs, beside `--min-gold` judgements
 ANOTHER_SCALE = 200  # judgements of a source without ever using one of the labels: it has another scale
 _SEGMENTS_TOLD = 50
 _FALLEN_TOLD = 20
-_WEIGHTS = [f"w{y}" for y in LABELS]
 
 
 @dataclass(frozen=True)
@@ -302,10 +301,11 @@ def sampled(frame: DataFrame, n: int) -> DataFrame:
 
 def local_rows(frame: DataFrame) -> Rows:
     """Judged rows, brought to the driver in an order that does not depend on partitions."""
-    table = frame.select("query", "segment", "pair_id", "source", *P_COLUMNS, *_WEIGHTS).toArrow()
+    table = frame.select("query", "segment", "pair_id", "source", *P_COLUMNS, *thresholds.WEIGHTS).toArrow()
     table = table.sort_by([("query", "ascending"), ("pair_id", "ascending"), ("source", "ascending")])
     stack = [
-        np.stack([table[c].to_numpy() for c in names], axis=1).astype(np.float64) for names in (P_COLUMNS, _WEIGHTS)
+        np.stack([table[c].to_numpy() for c in names], axis=1).astype(np.float64)
+        for names in (P_COLUMNS, thresholds.WEIGHTS)
     ]
     _, queries = np.unique(table["query"].to_numpy(), return_inverse=True)
     return Rows(stack[0], stack[1], queries.astype(np.int64), np.array(table["segment"].to_pylist(), dtype=object))
@@ -436,7 +436,7 @@ def _fitted(
     n = counts.get("fit", 0)
     if not n:
         why = "; ".join(f"{use}: {count:,}" for use, count in sorted(counts.items())) or "gold is empty"
-        raise ValueError(
+        raise runs.Unmet(
             f"no judgement is left to fit on ({why}). Bring some with ingest, score their pairs with rescore"
             + (", or let in what it was trained on with --allow-train" if "model was trained on it" in counts else "")
         )
@@ -447,9 +447,10 @@ def _fitted(
             f"{JOB}: cuts are fitted on all {n:,} judgements; temperature, cross-validation, bootstrap and the other "
             f"ways to cut on whole queries with {len(rows):,} of them: the intervals are wider than all would give"
         )
-    if not len(rows) or (queries := int(rows.queries.max()) + 1) < 2:
-        raise ValueError("judgements of at least 2 queries are needed: figures come from cross-validation by query")
+    if not len(rows) or not rows.queries.max():
+        raise runs.Unmet("judgements of at least 2 queries are needed: figures come from cross-validation by query")
 
+    queries = fitting.select("query").distinct().count()
     sizes = _sizes(fitting) if wanted.by else {}
     segments = own_segments(sizes, wanted)
     began = time.monotonic()
@@ -475,16 +476,15 @@ def _fitted(
         found += _figures(wanted, names, "test", test, {c.name: c.tiers(test) for c in finals}, segments)
     wide = spread(rows, wanted, [s for s in segments if s in final.fits], final.temperature) if wanted.refits else {}
     _store_figures(spark, root, run.run_id, found)
-    version = _store(
-        spark, root, wanted, final, wide, run, {s: size for s, (size, _) in sizes.items()} | {"": n}, frame
-    )
+    value = float(wanted.objective.shown(confusion))
+    n_gold = {s: size for s, (size, _) in sizes.items()} | {"": n}
+    version = _store(spark, root, wanted, final, value, wide, run, n_gold, frame)
     print(_table(wanted, names, "out_of_fold", found))
     if len(test):
         print(_table(wanted, names, "test", found))
     print(_verdicts(wanted, names, found))
     for segment, fit in final.fits.items():
         print(_cuts_told(segment, fit, wide.get(segment)))
-    value = float(wanted.objective.shown(confusion))
     print(
         f"{JOB}: version {version} is a candidate: {wanted.objective} {value:.4f} on {n:,} judgements of {queries:,} "
         f"queries, temperature {final.temperature:.4g}, fitted in {took:.1f} s\n"
@@ -561,7 +561,7 @@ def _fitted_on_workers(
     """The same cuts from all n rows, without bringing them to the driver; and the confusion matrix of these rows."""
     temperature = measures.temperature(sample.p, sample.weights) if wanted.temperature else 1.0
     frame = thresholds.cumulated(fitting, temperature)
-    frame = frame.select("segment", *[f"c{k}" for k in thresholds.BOUNDARIES], *_WEIGHTS)
+    frame = frame.select("segment", *[f"c{k}" for k in thresholds.BOUNDARIES], *thresholds.WEIGHTS)
     partitions = thresholds.partitions(fitting.sparkSession, n)
     fits: dict[str, Fit] = {}
     for segment in ("", *segments):
@@ -672,6 +672,7 @@ def _store(
     root: str,
     wanted: Wanted,
     final: Cutter,
+    value: float,
     wide: dict[str, tuple[Floats, Floats]],
     run: runs.Run,
     n_gold: dict[str, int],
@@ -690,12 +691,14 @@ def _store(
         version, now, rows = (last or 0) + 1, datetime.now(UTC), []
         for segment, fit in final.fits.items():
             for b, k in enumerate(thresholds.BOUNDARIES):
+                # The rows of segment '' stand for the whole version, also for segments that take its cuts.
+                own = float(wanted.objective.shown(fit.confusion)) if segment else value
                 low, high = (float(x[b]) for x in wide[segment]) if segment in wide else (None, None)
                 cells = {
                     "version": version, "segment": segment, "boundary": k, "tau": fit.taus[b],
                     "optimal_low": fit.lows[b], "optimal_high": fit.highs[b], "tau_low": low, "tau_high": high,
                     "segment_by": wanted.by, "temperature": final.temperature, "rule": wanted.rule, "objective": aim,
-                    "value": float(wanted.objective.shown(fit.confusion)), "n_gold": n_gold[segment],
+                    "value": own, "n_gold": n_gold[segment],
                     "gold_sources": sources, "allow_train": wanted.allow_train,
                     "model_id": model_id, "prompt_id": prompt_id, "engines": engines, "run_id": run.run_id,
                     "status": "candidate", "fitted_at": now,

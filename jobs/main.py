@@ -74,7 +74,8 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     except ValueError as error:
         if runs.last is None or runs.last.status == "done":
             return USAGE, str(error)
-        traceback.print_exc()  # a run had begun: no flag or file was wrong
+        if not isinstance(error, runs.Unmet):
+            traceback.print_exc()  # a run had begun, so it was no flag or file, but a mistake of ours
         return FAILED, str(error)
     except (PySparkException, Py4JError) as error:
         text = str(error)

@@ -105,7 +105,7 @@ def promote(
     if not wanted:
         known = sorted(row[0] for row in stored.select("version").distinct().collect())
         raise ValueError(f"there is no version {version} of thresholds (there are: {known}); fit one: fit_thresholds")
-    new = thresholds.version_of(wanted)
+    new, fit = thresholds.version_of(wanted), next(row for row in wanted if not row["segment"])
     in_force = [row for row in rows if row["status"] == "active"]
     old = thresholds.version_of(in_force) if in_force else None
     if old and old.version == version:
@@ -114,11 +114,11 @@ def promote(
     run = runs.start(spark, root, JOB, new.model_id, new.prompt_id)
     try:
         print(
-            f"{JOB}: version {version}, {wanted[0]['objective']} = {wanted[0]['value']:.4f} on {wanted[0]['n_gold']:,} "
+            f"{JOB}: version {version}, {fit['objective']} = {fit['value']:.4f} on {fit['n_gold']:,} "
             f"judgements, model {new.model_id}, instead of " + (f"version {old.version}" if old else "none")
         )
         refused = shifted(spark, root, stored, old, new, gates)
-        fitted, now = set(wanted[0]["engines"]), set(engines_of(spark, root, new.model_id, new.prompt_id))
+        fitted, now = set(fit["engines"]), set(engines_of(spark, root, new.model_id, new.prompt_id))
         if other := sorted(now - fitted - set(gates.engines)):
             refused.append(
                 f"rows of its model were scored with {', '.join(map(repr, other))}, but it was fitted on rows of "
@@ -181,8 +181,7 @@ def tier_changes(spark: SparkSession, root: str, stored: DataFrame, old: Version
     pairs, probs = delta.read(spark, root, "pairs"), delta.read(spark, root, "label_probs")
 
     def under(version: Version, name: str) -> DataFrame:
-        cut = stored.where(F.col("version") == version.version).withColumn("status", F.lit("active"))
-        found = thresholds.labels(spark, probs, pairs, cut)
+        found = thresholds.labels_under(spark, version.version, stored, probs, pairs)
         return found.select("pair_id", F.col("tier").alias(name), F.col("stale").alias(f"{name}_stale"))
 
     rows = pairs.select("pair_id", F.coalesce(F.col(segment_column(old, new)), F.lit("")).alias("segment"))

@@ -1,7 +1,7 @@
 """Hands the tiers in force on: to published_labels, changed rows only, or to a file for search tools.
 
 publish --tables T
-publish --tables T --format qrels|quepid --out FILE
+publish --tables T --format qrels|quepid --out FILE [--locale de]
 
 published_labels is written in one commit in which only rows with another tier appear, so its change feed is what the
 index must update; a pair that is gone, or has no tier any more, leaves it. qrels: TREC's judgements with grades 0..3
@@ -41,15 +41,18 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--format", choices=FORMATS, help="write a file instead of the table")
     parser.add_argument("--out", metavar="FILE", help="the file, on this machine")
+    parser.add_argument("--locale", metavar="L", help="of the file: pairs of this locale alone")
     args = parser.parse_args(argv)
     if (args.format is None) != (args.out is None):
         raise ValueError("--format and --out belong together: --format qrels --out FILE")
+    if args.locale is not None and not args.out:
+        raise ValueError("--locale is for a file: --format qrels --out FILE --locale de")
     if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
         raise ValueError(f"--out {args.out}: its folder does not exist")
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     if args.format:
-        export(spark, args.tables, args.format, args.out)
+        export(spark, args.tables, args.format, args.out, args.locale)
     else:
         publish(spark, args.tables)
     return 0
@@ -127,9 +130,21 @@ def _written(spark: SparkSession, root: str, run_id: str, tiers: DataFrame, seen
     return None if changes.isEmpty() else delta.sync(spark, root, "published_labels", changes)
 
 
-def export(spark: SparkSession, root: str, format: str, out: str) -> int:
-    """Writes the tiers in force to a file; returns how many."""
+def export(spark: SparkSession, root: str, format: str, out: str, locale: str | None = None) -> int:
+    """Writes the tiers in force to a file, of all locales or of one; returns how many.
+
+    Raises ValueError where there is none of that locale, and for several locales in Quepid's CSV.
+    """
     version, tiers = in_force(spark, root)
+    known = sorted(row["locale"] for row in tiers.select("locale").distinct().collect())
+    if locale is not None and locale not in known:
+        raise ValueError(f"--locale {locale}: no pair with a tier is of it (there are: {', '.join(known)})")
+    if format == "quepid" and locale is None and len(known) > 1:
+        raise ValueError(
+            f"Quepid's CSV cannot tell the query of one locale from that of another, and there are {', '.join(known)}; "
+            "write a file for each: --locale L"
+        )
+    tiers = tiers if locale is None else tiers.where(F.col("locale") == locale)
     rows = tiers.select("locale", "query", "product_id", "tier").orderBy("locale", "query", "product_id")
     write = qrels if format == "qrels" else quepid
     count = write(rows.toLocalIterator(), out)

@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -96,14 +97,10 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
     frame = judged(spark, root, wanted, of.model_id, of.prompt_id).where(F.col("use").isin("fit", "test")).persist()
     try:
         sample = local_rows(sampled(frame, frame.count()))
-        tiers = thresholds.labels(
-            spark,
-            delta.read(spark, root, "label_probs"),
-            delta.read(spark, root, "pairs"),
-            stored.where(F.col("version") == chosen).withColumn("status", F.lit("active")),
-        )
+        pairs = delta.read(spark, root, "pairs")
+        tiers = thresholds.labels_under(spark, chosen, stored, delta.read(spark, root, "label_probs"), pairs)
         sections = [
-            tier_counts(tiers),
+            tier_counts(pairs, tiers),
             *compared(figures),
             confusion(figures, wanted.name),
             *([curve(sample, of, rows, aim)] if len(sample) else []),
@@ -121,16 +118,20 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
 # The sections
 
 
-def tier_counts(tiers: DataFrame) -> Section:
-    """How many pairs are in each tier."""
-    counts = {row["tier"]: row["count"] for row in tiers.groupBy("tier").count().collect()}
+def tier_counts(pairs: DataFrame, tiers: DataFrame) -> Section:
+    """How many pairs are in each tier; a pair that the model has no row of has none either."""
+    all_pairs = pairs.select("pair_id").join(tiers, "pair_id", how="left")
+    counts = {row["tier"]: row["count"] for row in all_pairs.groupBy("tier").count().collect()}
     rows = [("no tier" if k is None else NAMES[k], counts.get(k, 0)) for k in (*LABELS, None)]
     import altair as alt
 
     chart = alt.Chart(_data(["tier", "pairs"], rows)).mark_bar().encode(
         alt.Y("tier:N", sort=None, title=None), alt.X("pairs:Q"), tooltip=["tier:N", "pairs:Q"]
     )  # fmt: skip
-    say = "Pairs in each tier under this version. Many without a tier: look at their outcome in the view labels."
+    say = (
+        "Pairs in each tier under this version. Many without a tier: those that are in the view labels say by their "
+        "outcome why, the others were not scored (backfill)."
+    )
     return Section("tiers", "Tiers", say, chart, ("tier", "pairs"), rows)
 
 
@@ -433,8 +434,8 @@ def page(sections: Sequence[Section], of: Version, told: Any) -> str:
         "objective": told["objective"], "value on the rows of the fit": f"{told['value']:.4f}",
         "judgements": f"{told['n_gold']:,} of {', '.join(told['gold_sources'])}",
         "model, prompt": f"{of.model_id}, {of.prompt_id}", "engines": "; ".join(told["engines"]),
-        "temperature": f"{of.temperature:.4g}", "fitted at": str(told["fitted_at"]),
-        "in force since": f"{told['activated_at'] or 'never'} {told['activated_by'] or ''} {told['reason'] or ''}",
+        "temperature": f"{of.temperature:.4g}", "fitted at": _utc(told["fitted_at"]),
+        "in force since": f"{_utc(told['activated_at'])} {told['activated_by'] or ''} {told['reason'] or ''}",
         "fitted on judgements the model was trained on": "yes: overconfident" if told["allow_train"] else "no",
     }  # fmt: skip
     body = [f"<h1>Thresholds, version {of.version}</h1>", _table(("", ""), list(facts.items()))]
@@ -475,6 +476,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     ]
     top = "".join(f"<th>{html.escape(h)}</th>" for h in head) if any(head) else ""
     return "<table>" + (f"<tr>{top}</tr>" if top else "") + "".join(f"<tr>{c}</tr>" for c in cells) + "</table>"
+
+
+def _utc(at: datetime | None) -> str:
+    # A row has this machine's time, without a zone.
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if at else "never"
 
 
 def _cut(text: str, most: int = TEXT) -> str:

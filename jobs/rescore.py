@@ -71,7 +71,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     parser.add_argument("--kv-cache-gib", type=float, default=defaults.kv_cache_gib, help="KV cache on CPU, GiB")
     parser.add_argument("--gpu-memory", type=float, default=defaults.gpu_memory, help="share of a GPU's memory")
     by_device = f"{STEP_ON_CPU[0]} on CPU, {STEP_ON_GPU[0]} on a GPU"
-    told = f"pairs in one step of the engine ({by_device})"
+    told = f"pairs in one step of the engine ({by_device}; sample: 256)"
     parser.add_argument("--max-num-seqs", type=_positive, default=defaults.max_num_seqs, help=told)
     by_device = f"{STEP_ON_CPU[1]} on CPU, {STEP_ON_GPU[1]} on a GPU"
     told = f"tokens in one step ({by_device})"
@@ -422,10 +422,9 @@ def refuse_foreign_prompt(spark: SparkSession, root: str, what: Scoring) -> None
 
 
 def likeliest() -> Column:
-    """The label with the highest probability; of equals the worse one; null where there are no probabilities."""
+    """The label with the highest probability; of equals the better one; null where there are no probabilities."""
     best = F.greatest(*P_COLUMNS)
-    by_worth = zip(reversed(LABELS), reversed(P_COLUMNS), strict=True)
-    return F.coalesce(*[F.when(F.col(p) == best, F.lit(label)) for label, p in by_worth])
+    return F.coalesce(*[F.when(F.col(p) == best, F.lit(k)) for k, p in zip(LABELS, P_COLUMNS, strict=True)])
 
 
 class Night(Waves):

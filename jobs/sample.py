@@ -219,7 +219,7 @@ class Draw(Waves):
         total = chosen.count()
         if not total:
             named = f" of source {source}" if source else ""
-            raise ValueError(
+            raise runs.Unmet(
                 f"there are no judged pairs{named} in split {self.split}; bring some: ingest --tables {self.root} "
                 "--pairs FILE (with labels)"
             )

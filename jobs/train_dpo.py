@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from jobs import train_sft
-from schemas import delta
+from schemas import delta, gold
 from schemas.labels import LABELS, NAMES
 from schemas.tables import PREFERENCES
 from udfs.render import rendered
@@ -29,7 +29,8 @@ NEVER_RIGHT = "SELECT pair_id FROM samples WHERE run_id = '{}' GROUP BY pair_id 
 def main(argv: list[str]) -> int:
     """Builds the preferences, trains and registers; returns 0."""
     parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    train_sft.add_training_flags(parser, learning_rate=5e-5, epochs=1)
+    train_sft.add_training_flags(parser, learning_rate=5e-5)
+    train_sft.add_epoch_flags(parser, epochs=1)
     parser.add_argument("--beta", type=float, default=0.1, help="how dear it is to move away from the parent")
     parser.add_argument("--per-pair", type=int, default=2, metavar="N", help="preferences of one pair, at most")
     args = parser.parse_args(argv)
@@ -38,9 +39,11 @@ def main(argv: list[str]) -> int:
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     lesson = train_sft.read_lesson(spark, args)
-    how = train_sft.settings(args, lesson, "dpo", beta=args.beta)
-    pairs = train_sft.train_pairs(spark, args)
-    answers = samples(spark, args, lesson, pairs)
+    how = train_sft.settings(args, lesson, "dpo")
+    pairs = gold.learnt_from(spark, args.tables, args.source)
+    found = samples(spark, args, lesson, pairs)
+    pairs = train_sft.limited(pairs.join(found, "pair_id", how="left_semi"), args)
+    answers = found.join(pairs, "pair_id", how="left_semi")
     chosen = preferences(answers, args.per_pair, args.seed).localCheckpoint()
     put(spark, args, lesson, chosen)
     tell(spark, args, answers, chosen)

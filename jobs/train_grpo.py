@@ -17,7 +17,7 @@ from typing import Any
 from pyspark.sql import functions as F
 
 from jobs import train_sft
-from schemas import delta
+from schemas import delta, gold
 from udfs.render import rendered
 
 JOB = "train_grpo"
@@ -26,7 +26,8 @@ JOB = "train_grpo"
 def main(argv: list[str]) -> int:
     """Trains and registers; returns 0."""
     parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    train_sft.add_training_flags(parser, learning_rate=3e-5, epochs=1)
+    train_sft.add_training_flags(parser, learning_rate=3e-5)
+    train_sft.add_batch_flag(parser)
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the optimizer")
     parser.add_argument("--groups", type=int, default=4, help="pairs in one step and process")
     parser.add_argument("--group", type=int, default=8, help="answers to a pair")
@@ -47,21 +48,8 @@ def main(argv: list[str]) -> int:
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     lesson = train_sft.read_lesson(spark, args)
-    how = train_sft.settings(
-        args,
-        lesson,
-        "grpo",
-        beta=args.beta,
-        steps=args.steps,
-        groups=args.groups,
-        group=args.group,
-        max_tokens=args.max_tokens,
-        generated_tokens=args.generated_tokens,
-        refresh=args.refresh,
-        rewards=tuple(args.rewards),
-        uniform=args.sampling == "uniform",
-    )
-    pairs = train_sft.train_pairs(spark, args)
+    how = train_sft.settings(args, lesson, "grpo", rewards=tuple(args.rewards), uniform=args.sampling == "uniform")
+    pairs = train_sft.limited(gold.learnt_from(spark, args.tables, args.source), args)
     # A pass rate is that of the policy as it is, at temperature 1; runs at others say nothing about it.
     asked = train_sft.answered(spark, args, lesson, pairs, "temperature = 1")
     rates = asked.groupBy("pair_id", "content_hash").agg(F.avg(F.col("correct").cast("double")).alias("rate"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,8 @@ class Lesson:
     trained_on: tuple[str, ...]
 
 
-def add_training_flags(parser: argparse.ArgumentParser, learning_rate: float, epochs: float) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, learning_rate: float) -> None:
     """The flags that the three stages share."""
-    defaults = TrainSettings(stage="", base="", out="")
     parser.add_argument(
         "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
     )
@@ -64,45 +63,46 @@ def add_training_flags(parser: argparse.ArgumentParser, learning_rate: float, ep
     parser.add_argument("--out", required=True, metavar="DIR", help="folder that is made")
     parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the parent's weights)")
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
-    parser.add_argument("--limit", type=int, metavar="N", help="train on so many pairs, always the same")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="train on at most so many of the pairs it could, always the same"
+    )
     parser.add_argument("--full", action="store_true", help="train all weights, not a LoRA adapter")
-    parser.add_argument("--rank", type=int, default=defaults.rank, help="of a new adapter")
+    parser.add_argument("--rank", type=int, help=f"of a new adapter (default {TrainSettings.rank})")
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
-    parser.add_argument("--epochs", type=float, default=epochs)
-    parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens, help="tokens of one sequence")
-    parser.add_argument("--accumulate", type=int, default=defaults.accumulate, help="sequences in one optimizer step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default=defaults.dtype, choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default=TrainSettings.dtype, choices=("bfloat16", "float32"))
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
-    parser.add_argument("--checkpoint-every", type=int, default=defaults.checkpoint_every, metavar="STEPS")
+    parser.add_argument("--checkpoint-every", type=int, default=TrainSettings.checkpoint_every, metavar="STEPS")
     parser.add_argument("--processes", type=int, default=1, help="training processes, one a GPU (TorchDistributor)")
 
 
-def settings(args: argparse.Namespace, lesson: Lesson, stage: str, **more: Any) -> TrainSettings:
-    """The flags as settings."""
-    return TrainSettings(
-        stage=stage,
-        base=lesson.base,
-        adapter=lesson.adapter,
-        out=str(Path(args.out).absolute()),
-        full=args.full,
-        rank=args.rank,
-        learning_rate=args.learning_rate,
-        epochs=args.epochs,
-        batch_tokens=args.batch_tokens,
-        accumulate=args.accumulate,
-        seed=args.seed,
-        dtype=args.dtype,
-        gradient_checkpointing=args.gradient_checkpointing,
-        checkpoint_every=args.checkpoint_every,
-        **more,
+def add_batch_flag(parser: argparse.ArgumentParser) -> None:
+    """Of the stages that lay rows out as forests of a set size."""
+    parser.add_argument("--batch-tokens", type=int, default=TrainSettings.batch_tokens, help="tokens of one sequence")
+
+
+def add_epoch_flags(parser: argparse.ArgumentParser, epochs: float) -> None:
+    """Of the stages that go through their rows."""
+    parser.add_argument("--epochs", type=float, default=epochs)
+    parser.add_argument(
+        "--accumulate", type=int, default=TrainSettings.accumulate, help="batches in one optimizer step"
     )
+
+
+def settings(args: argparse.Namespace, lesson: Lesson, stage: str, **more: Any) -> TrainSettings:
+    """The flags as settings: those that a stage has not keep their defaults."""
+    names = {field.name for field in fields(TrainSettings)} - {"rank"}
+    flags = {name: value for name, value in vars(args).items() if name in names}
+    flags |= {"stage": stage, "base": lesson.base, "adapter": lesson.adapter, "out": str(Path(args.out).absolute())}
+    return TrainSettings(**flags | {"rank": args.rank or TrainSettings.rank} | more)
 
 
 def main(argv: list[str]) -> int:
     """Trains and registers; returns 0."""
     parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_training_flags(parser, learning_rate=5e-4, epochs=3)
+    add_training_flags(parser, learning_rate=5e-4)
+    add_batch_flag(parser)
+    add_epoch_flags(parser, epochs=3)
     parser.add_argument("--order", choices=answer.ORDERS, default="post", help="post: label, then chain")
     parser.add_argument("--labels-only", action="store_true", help="teach the label alone; no chains are needed")
     parser.add_argument("--label-weight", type=float, default=4.0, help="of a label, a chain token has 1")
@@ -121,18 +121,20 @@ def main(argv: list[str]) -> int:
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     lesson = read_lesson(spark, args, args.order)
-    how = settings(args, lesson, "sft", label_weight=args.label_weight, balance=args.balance)
-    pairs = train_pairs(spark, args)
-    chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"))
-    if not args.labels_only:
+    how = settings(args, lesson, "sft")
+    pairs = gold.learnt_from(spark, args.tables, args.source)
+    if args.labels_only:
+        pairs = limited(pairs, args)
+        chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"))
+    else:
         taught = delta.read(spark, args.tables, "chains").where("kept")
+        pairs = limited(pairs.join(taught, ["pair_id", "label", "content_hash"], how="left_semi"), args)
         chains = (
             pairs.join(taught, ["pair_id", "label", "content_hash"], how="inner")
             .groupBy("pair_id", "label")
             .agg(F.min_by("chain", "teacher").alias("chain"))
         )
-    prompts = rendered(pairs.join(chains, "pair_id", how="left_semi"), lesson.prompt)
-    rows = prompts.join(chains, "pair_id", how="inner").orderBy("ids", "pair_id")
+    rows = rendered(pairs, lesson.prompt).join(chains, "pair_id", how="inner").orderBy("ids", "pair_id")
     data = [
         parts(row) | {"answer": lesson.form.target(row["label"], row["chain"])}
         for row in rows.select("pair_id", "ids", "group_tokens", "label", "chain").toArrow().to_pylist()
@@ -156,6 +158,11 @@ def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None
     is_adapter = adapter.is_adapter(folder)
     if is_adapter and args.full:
         raise ValueError(f"{folder} is an adapter, which --full does not train on; leave --full away")
+    if args.rank is not None and (args.full or is_adapter):
+        what = (
+            "--full trains all weights" if args.full else f"{folder} is an adapter, which is trained on at its own rank"
+        )
+        raise ValueError(f"--rank {args.rank}: {what}; leave --rank away")
     parent = inspect(rescore.whole_folder(folder))
     base = rescore.base_folder(folder) if is_adapter else folder
     source = args.prompt or parent.prompt_file
@@ -189,9 +196,8 @@ def named_base(name: str, folder: str) -> str:
     return name if name == "demo-base" else str(Path(folder).absolute())
 
 
-def train_pairs(spark: SparkSession, args: argparse.Namespace) -> DataFrame:
-    """Judged pairs of the train split with their label, limited to `--limit` pairs of whole queries."""
-    pairs = gold.learnt_from(spark, args.tables, args.source)
+def limited(pairs: DataFrame, args: argparse.Namespace) -> DataFrame:
+    """At most `--limit` of the pairs that a stage can learn from: whole queries, always the same."""
     if args.limit is None:
         return pairs
     # Whole queries in the order of a hash, so that a smaller limit takes a subset of a larger one.

@@ -76,6 +76,12 @@ def main(argv: list[str]) -> int:
         from_file(spark, args.tables, args.chains, args.source)
         return 0
     spark, teaches = opened(args, JOB, teaching)
+    if args.again and not teaches[2].temperature:
+        print(
+            f"{JOB}: at temperature 0 a pair whose rules and neighbours are as they were gets the same chain again; "
+            "--temperature 1 --n 4 --seed 1 draws others",
+            flush=True,
+        )
     from_teacher(spark, args.tables, *teaches, args.source, args.limit, args.again)
     return 0
 
@@ -223,7 +229,7 @@ class Lesson(Waves):
         chosen = (judged if limit is None else ordered.limit(limit)).localCheckpoint()
         total = chosen.count()
         if not total:
-            raise ValueError(
+            raise runs.Unmet(
                 f"there are no judged pairs in split train; bring some: ingest --tables {self.root} --pairs FILE "
                 "(with labels)"
             )
@@ -231,7 +237,7 @@ class Lesson(Waves):
         old = old.where("kept") if again else old
         there = old.select("pair_id", "content_hash", "label")
         todo = chosen.join(there, ["pair_id", "content_hash", "label"], how="left_anti")
-        line = self.land_line(self.rendered(with_neighbours(todo, pool, self.prompt.neighbours)), "chains")
+        line = self.land_line(self.rendered(with_neighbours(todo, pool, self.prompt)), "chains")
         self._count(seen=total, skipped=total - line.prompts)
         if line.prompts:
             self.planned(line, total, time.monotonic() - started)
@@ -271,30 +277,31 @@ class Lesson(Waves):
         write(self.spark, self.root, judged, self.what.model.model_id, self.run.run_id, now)
 
 
-def with_neighbours(pairs: DataFrame, pool: DataFrame, count: int) -> DataFrame:
+def with_neighbours(pairs: DataFrame, pool: DataFrame, prompt: TeacherPrompt) -> DataFrame:
     """Pairs with `neighbours`: the most similar judged pairs of other queries, nearest first, as rows of `pool`.
 
-    Both are of the train split, so nothing held out is ever shown. The pool's texts come to the driver.
+    A neighbour has the fields that the prompt shows of it. Both are of the train split, so nothing held out is ever
+    shown. The pool's texts come to the driver.
     """
-    shown = ("query", "title", "brand", "category", "label")
-    known = [row.asDict() for row in pool.select("pair_id", *shown).collect()]
+    shown = sorted({"label", *(segment.field for segment in prompt.neighbour if segment.field)})
+    read = ["pair_id", *{"query", "title", "category", *shown}]
+    known = [row.asDict() for row in pool.select(*read).collect()]
     place = {row["pair_id"]: i for i, row in enumerate(known)}
     # Asked pairs beyond a full pool are compared, but never shown.
-    mine = [row.asDict() for row in pairs.select("pair_id", *shown).collect()]
+    mine = [row.asDict() for row in pairs.select(*read).collect()]
     both = known + [row for row in mine if row["pair_id"] not in place]
     place = {row["pair_id"]: i for i, row in enumerate(both)}
     texts = [" ".join(filter(None, (row["query"], row["title"], row["category"]))) for row in both]
     queries = [canonical.normalised(row["query"]) for row in both]
     asked = [place[row["pair_id"]] for row in mine]
-    found = teacher.neighbours(texts, queries, asked, count, among=len(known))
-    fields = "query: STRING, title: STRING, brand: STRING, category: STRING, label: INT"
+    found = teacher.neighbours(texts, queries, asked, prompt.neighbours, among=len(known))
     rows = [
         (row["pair_id"], [tuple(both[j][name] for name in shown) for j in near])
         for row, near in zip(mine, found, strict=True)
     ]
-    spark = pairs.sparkSession
-    near = spark.createDataFrame(rows, f"pair_id STRING, neighbours ARRAY<STRUCT<{fields}>>")
-    return pairs.join(near, "pair_id", how="inner")
+    kept = StructType([pool.schema[name] for name in shown])
+    schema = StructType([pairs.schema["pair_id"], StructField("neighbours", ArrayType(kept))])
+    return pairs.join(pairs.sparkSession.createDataFrame(rows, schema), "pair_id", how="inner")
 
 
 def why_not() -> Column:

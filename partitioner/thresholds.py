@@ -33,13 +33,13 @@ from pyspark.sql import functions as F
 
 from partitioner import measures
 from partitioner.measures import Floats
-from schemas import delta
+from schemas import delta, runs
 from schemas.labels import LABELS, NAMES, P_COLUMNS
 from schemas.tables import SEGMENT_COLUMNS
 
 BOUNDARIES = LABELS[:3]
-_WEIGHTS = [f"w{y}" for y in LABELS]
-_CHUNK = f"k TINYINT, top DOUBLE, {', '.join(f'{w} DOUBLE' for w in _WEIGHTS)}, value BINARY, sums BINARY"
+WEIGHTS = [f"w{y}" for y in LABELS]
+_CHUNK = f"k TINYINT, top DOUBLE, {', '.join(f'{w} DOUBLE' for w in WEIGHTS)}, value BINARY, sums BINARY"
 RULES = ("one", "boundary")
 EXACT_CUTS = 4096  # values a boundary: 17 million combinations of two cuts, under a second
 GRID_CUTS = 1024
@@ -141,7 +141,7 @@ def tiers(c: Floats, taus: Sequence[float] | Floats) -> NDArray[np.int64]:
 
 
 def argmax(p: Floats) -> NDArray[np.int64]:
-    """The likeliest label, the better one of two alike."""
+    """The likeliest label, of equals the better one."""
     found: NDArray[np.int64] = (4 - p.argmax(1)).astype(np.int64)
     return found
 
@@ -152,6 +152,14 @@ def labels(spark: SparkSession, label_probs: DataFrame, pairs: DataFrame, thresh
     for name in ("label_probs", "pairs", "thresholds"):
         sql = sql.replace(f"FROM {name}", f"FROM {{{name}}}").replace(f"JOIN {name} ", f"JOIN {{{name}}} ")
     return spark.sql(sql, label_probs=label_probs, pairs=pairs, thresholds=thresholds)
+
+
+def labels_under(
+    spark: SparkSession, version: int, stored: DataFrame, label_probs: DataFrame, pairs: DataFrame
+) -> DataFrame:
+    """The view's rows as if this version, of those in `stored`, were in force."""
+    cuts = stored.where(F.col("version") == version).withColumn("status", F.lit("active"))
+    return labels(spark, label_probs, pairs, cuts)
 
 
 def register(spark: SparkSession, root: str) -> list[str]:
@@ -309,7 +317,7 @@ class Requirement:
         return f"{self}: the best alone is {nearest:g}"
 
 
-class Impossible(ValueError):
+class Impossible(runs.Unmet):
     """No cut meets a requirement; says the best that can be had."""
 
 
@@ -434,7 +442,7 @@ class Spread:
     def __init__(self, rows: DataFrame, partitions: int) -> None:
         """`rows`: columns c4, c3, c2, w4, w3, w2, w1."""
         columns = [f"c{k}" for k in BOUNDARIES]
-        rows = rows.select(*[F.least(c, F.lit(1.0)).alias(c) for c in columns], *_WEIGHTS)
+        rows = rows.select(*[F.least(c, F.lit(1.0)).alias(c) for c in columns], *WEIGHTS)
         # Where pieces end is nothing but balance: the cuts that are found are the same.
         shares = [n / partitions for n in range(1, partitions)]
         sketch = rows.sample(_SKETCHED, seed=0).approxQuantile(columns, shares, 0.01) if shares else []
@@ -444,7 +452,7 @@ class Spread:
             parted = rows.mapInArrow(_parted(bounds), f"{_CHUNK}, at INT")
             self._frame = parted.repartitionById(len(bounds) + 1, "at").mapInArrow(_joined, _CHUNK).persist()
             of = [F.max(F.when(F.col("k") == k, F.col("top"))).alias(f"top{k}") for k in BOUNDARIES]
-            of += [F.sum(F.when(F.col("k") == k, F.col(w))).alias(f"{w}_{k}") for k in BOUNDARIES for w in _WEIGHTS]
+            of += [F.sum(F.when(F.col("k") == k, F.col(w))).alias(f"{w}_{k}") for k in BOUNDARIES for w in WEIGHTS]
             found = self._frame.groupBy(F.spark_partition_id().alias("at")).agg(F.max("top").alias("top"), *of)
             parts = sorted(found.collect(), key=lambda r: r["top"])
         begins: list[tuple[float, ...]] = [(-1.0, -1.0, -1.0)]
@@ -458,7 +466,7 @@ class Spread:
             high = 1.0 if last else float(parts[i]["top"])
             goes_on = tuple(not last and top < high for top in begins[i + 1])
             self._place[int(parts[i]["at"])] = (lows[i], high, beyond, begins[i], goes_on)
-            beyond = beyond + [[parts[i][f"{w}_{k}"] or 0.0 for w in _WEIGHTS] for k in BOUNDARIES]
+            beyond = beyond + [[parts[i][f"{w}_{k}"] or 0.0 for w in WEIGHTS] for k in BOUNDARIES]
         self.gold = beyond[0]
 
     def each(self, step: Step) -> list[list[float]]:
@@ -494,7 +502,7 @@ def _parted(bounds: Floats) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.
 
     def part(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            weights = rounded(np.stack([batch.column(w).to_numpy() for w in _WEIGHTS], axis=1))
+            weights = rounded(np.stack([batch.column(w).to_numpy() for w in WEIGHTS], axis=1))
             for k in BOUNDARIES:
                 ranked = _ranked(batch.column(f"c{k}").to_numpy())
                 value, sums = ranked[2], _summed(ranked, weights)
@@ -519,7 +527,7 @@ def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def _chunk(k: int, value: Floats, sums: Floats) -> pa.RecordBatch:
     """One row: a chunk of boundary `k`, its largest value and the sums of its weights by label."""
-    total = {w: [float(x)] for w, x in zip(_WEIGHTS, sums.sum(0), strict=True)}
+    total = {w: [float(x)] for w, x in zip(WEIGHTS, sums.sum(0), strict=True)}
     told = {"k": pa.array([k], pa.int8()), "top": [float(value[-1])], **total}
     return pa.RecordBatch.from_pydict({**told, "value": [value.tobytes()], "sums": [sums.tobytes()]})
 

@@ -168,8 +168,9 @@ def refuse_silent_loss(spark: SparkSession, root: str) -> None:
     if scheme in ("s3", "s3a", "s3n") and not spark.sparkContext.getConf().get(key):
         raise ValueError(
             f"{root}: on S3 two jobs at once can overwrite each other's commits, and nothing would tell. Start with "
-            f"--conf {key}=io.delta.storage.S3DynamoDBLogStore (and its table; Delta's documentation, Multi-cluster "
-            "setup). If you see to it that only one job writes at a time, say so: "
+            f"--conf {key}=io.delta.storage.S3DynamoDBLogStore (with --packages "
+            f"io.delta:delta-storage-s3-dynamodb:{PACKAGE.rsplit(':', 1)[1]} and its table; Delta's documentation, "
+            "Multi-cluster setup). If you see to it that only one job writes at a time, say so: "
             f"--conf {key}=io.delta.storage.S3SingleDriverLogStore"
         )
 

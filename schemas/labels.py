@@ -19,7 +19,7 @@ WANDS = {"Exact": 4, "Partial": 3, "Irrelevant": 1}
 # What became of a pair that was given to a model. Only `scored` has probabilities; there is no default label.
 OUTCOMES = {
     "scored": "the model answered; the four probabilities are set",
-    "too_long": "the prompt does not fit into the model's context, even after the cuts",
+    "too_long": "the prompt has more tokens than --max-model-len or the model's context, even after the cuts",
     "not_finite": "the model's answer was not a number, or none of the four labels had any mass",
     "engine_failed": "the engine died on this pair",
 }

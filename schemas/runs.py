@@ -125,6 +125,10 @@ def finish(spark: SparkSession, root: str, run: Run, status: str, message: str |
     return run
 
 
+class Unmet(ValueError):
+    """What was asked cannot be had of these tables, as a run found out; a sentence for people, no mistake of ours."""
+
+
 def fail(spark: SparkSession, root: str, run: Run, error: BaseException) -> Run:
     """Writes that the run ended by an error, with the error's first line, and returns the row."""
     return finish(spark, root, run, "failed", (str(error) or repr(error)).splitlines()[0])

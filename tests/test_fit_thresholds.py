@@ -105,6 +105,8 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
     assert {(r["version"], r["status"], r["segment"], r["n_gold"]) for r in stored} == {
         (version, "candidate", "", 120), (version, "candidate", "Kettles", 88)
     }  # fmt: skip
+    values = {r["segment"]: r["value"] for r in stored}
+    assert f"version {version} is a candidate: macro_f1 {values['']:.4f} on 120 judgements of" in said
     for r in stored:
         assert r["optimal_low"] <= r["tau"] <= r["optimal_high"]
         assert r["tau_low"] <= r["tau_high"]

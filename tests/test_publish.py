@@ -142,10 +142,24 @@ def test_quepid_gets_its_csv_and_no_formula(spark: SparkSession, root: str, tmp_
     assert ['say "hi", twice', "'+2", "0"] in rows
     assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows[1:] for cell in row[:2])
     assert list(tmp_path.glob("*.part")) == []
+    # The same query in two locales is two queries.
+    fill(spark, root, "pairs", [pair(32, bad, product_id="@1", locale="de")])
+    fill(spark, root, "label_probs", [scored(32, bad, P[3], product_id="@1", locale="de")])
+    with pytest.raises(ValueError, match=r"cannot tell the query of one locale .* and there are de, en;"):
+        export(spark, root, "quepid", str(out))
+    assert export(spark, root, "quepid", str(out), "de") == 1
+    assert out.read_text().splitlines()[1].endswith(",'@1,0")
+    with pytest.raises(ValueError, match=r"--locale fr: no pair with a tier is of it \(there are: de, en\)"):
+        export(spark, root, "qrels", str(out), "fr")
 
 
 def test_format_and_out_belong_together() -> None:
-    for flags in (["--format", "qrels"], ["--out", "x"], ["--format", "qrels", "--out", "/no/such/folder/x"]):
+    for flags in (
+        ["--format", "qrels"],
+        ["--out", "x"],
+        ["--locale", "de"],
+        ["--format", "qrels", "--out", "/no/such/folder/x"],
+    ):
         with pytest.raises(ValueError, match="--out"):
             main(["--tables", "/tmp/t", *flags])
 

@@ -82,10 +82,11 @@ def written(spark: SparkSession, empty_tables: Path, tmp_path_factory: pytest.Te
     # Segments with names of a megabyte, which would come up in a table and a chart.
     fill(spark, root, "pairs", [pair(i, "long", category=f"{i}{'x' * 2**20}") for i in (901, 902)])
     fill(spark, root, "label_probs", [scored(i, "long", [0.4, 0.3, 0.2, 0.1]) for i in (901, 902)])
+    fill(spark, root, "pairs", [pair(903, "not scored")])
     for rule, by in (("one", None), ("boundary", "category")):
         wanted = Wanted(rule, by, Objective("recall", label=4), (), min_gold=60, replicates=30, refits=5)
         wanted = replace(wanted, temperature=rule == "boundary")
-        assert promote(spark, root, fit_thresholds(spark, root, wanted), Gates(shift=1.0), "a test") == 0
+        assert promote(spark, root, fit_thresholds(spark, root, wanted), Gates(shift=1.0, missing=0.1), "a test") == 0
     out = Path(root).parent / "report.html"
     assert main(["--tables", root, "--out", str(out)]) == 0
     return root, out
@@ -106,7 +107,7 @@ def test_the_browser_shows_what_the_tables_hold(spark: SparkSession, written: tu
     thresholds.register(spark, root)
     counts = {NAMES[r[0]]: r[1] for r in spark.sql("SELECT tier, count(*) FROM labels GROUP BY tier").collect()}
     shown = {row[0]: int(row[1]) for row in page.tables["tiers"][1:]}
-    assert {k: v for k, v in shown.items() if v} == counts
+    assert {k: v for k, v in shown.items() if v} == counts | {"no tier": 1}
     for name, count in counts.items():
         assert any(name in label and re.search(rf"pairs: {count}\b", label) for label in page.charts["tiers"])
 

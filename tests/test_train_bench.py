@@ -76,10 +76,12 @@ def test_data_that_is_not_there_is_skipped_with_a_reason(tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_pairs_held_out_are_those_of_dev_and_test(tmp_path: Path) -> None:
+def test_the_pairs_held_out_are_those_of_dev_and_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gold = pa.table({"pair_id": ["a1", "b2", "c3"], "split": ["test", "train", "dev"], "label": [4, 1, 2]})
     write_deltalake(str(tmp_path / "gold"), gold)
-    assert stages.of_splits(str(tmp_path), "dev", "test") == "pair_id IN ('a1', 'c3')"
+    assert stages.of_splits(str(tmp_path), "dev", "test") == ["pair_id IN ('a1', 'c3')"]
+    monkeypatch.setattr(stages, "NAMED", 2)
+    assert stages.of_splits(str(tmp_path), "dev", "test", "train") == ["pair_id IN ('a1', 'b2')", "pair_id IN ('c3')"]
 
 
 def test_a_model_is_better_by_the_difference_on_the_same_pairs() -> None:

@@ -34,12 +34,12 @@ def told(root: str, folder: Path) -> None:
     ingest.main(["--tables", root, "--pairs", str(jsonl(folder / "pairs.jsonl", *rows)), "--source", "raters"])
 
 
-def taught(root: str, folder: Path) -> None:
-    """The judged pairs, with chains for all."""
+def taught(root: str, folder: Path, first: int = 0) -> None:
+    """The judged pairs, with chains for all, or for those from the `first` on."""
     told(root, folder)
     chains = [
         {"query": f"query {n}", "product_id": f"p{n}", "label": 1 + n % 4, "chain": f"Seen. So {NAMES[1 + n % 4]}."}
-        for n in range(12)
+        for n in range(first, 12)
     ]
     write_chains.main(["--tables", root, "--chains", str(jsonl(folder / "chains.jsonl", *chains))])
 
@@ -98,6 +98,8 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     dpo = [*onward, "--out", str(tmp_path / "dpo"), "--epochs", "3"]  # three steps, of which the first moves nothing
     with pytest.raises(ValueError, match="has not answered any train pair yet; ask it: sample"):
         train_dpo.main(dpo)
+    with pytest.raises(ValueError, match=r"--rank 8: .* is an adapter, which is trained on at its own rank"):
+        train_dpo.main([*dpo, "--rank", "8"])
     answered(spark, root, made)
     assert train_dpo.main(dpo) == 0
     preferred = models(spark, root)[-1]
@@ -156,6 +158,18 @@ def test_without_chains_it_says_how_to_bring_them_and_teaches_labels_alone_where
     assert {len(row["answer"]) for row in rows} == {2}  # the label and the end
     (made,) = models(spark, root)
     assert rescore.registered_folder(spark, root, made["model_id"])[0] == str(tmp_path / "sft" / "merged")
+
+
+@pytest.mark.slow
+def test_a_limit_counts_the_pairs_that_can_be_learnt_from(
+    spark: SparkSession, root: str, base: str, tmp_path: Path
+) -> None:
+    taught(root, tmp_path, first=4)
+    flags = ["--tables", root, "--model", base, "--epochs", "1", "--limit", "3", "--out"]
+    assert train_sft.main([*flags, str(tmp_path / "sft")]) == 0
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(tmp_path / "sft" / "data.parquet").num_rows == 3
 
 
 def test_a_whole_model_is_named_as_a_base_by_its_folder_whatever_it_was_called_by() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.test_sample import judge
 from udfs import teacher
 from udfs.answer import conclusion
 from udfs.engine import Sampling
+from udfs.prompt import Segment
 
 
 def chain(n: int, label: int, text: str, **fields: object) -> dict[str, object]:
@@ -163,10 +165,13 @@ def test_a_teacher_is_asked_once_and_again_only_for_what_was_dropped(spark: Spar
 def test_no_pair_of_its_own_query_and_none_that_is_held_out_is_shown_to_the_teacher(
     spark: SparkSession, root: str
 ) -> None:
-    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, None) for i in range(6)], [*QUERIES, "Cheap  KETTLE"])
+    steel = {"material": "steel"}
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", steel, None) for i in range(6)], [*QUERIES, "Cheap  KETTLE"])
     judge(spark, root)
     pool = judged(spark, root, "train").localCheckpoint()
-    shown = write_chains.with_neighbours(pool, pool, 4).select("query", "label", "neighbours").collect()
+    prompt = Teaching().prompt
+    prompt = replace(prompt, neighbours=4, neighbour=(*prompt.neighbour, Segment("attributes", (), (), 20)))
+    shown = write_chains.with_neighbours(pool, pool, prompt).select("query", "label", "neighbours").collect()
     assert len(shown) == 24
     labels = {(r["query"], r["title"]): r["label"] for r in pool.collect()}
     for row in shown:
@@ -174,6 +179,7 @@ def test_no_pair_of_its_own_query_and_none_that_is_held_out_is_shown_to_the_teac
         for near in row["neighbours"]:
             assert normalised(near["query"]) not in (normalised(row["query"]), "blue towel")
             assert near["label"] == labels[near["query"], near["title"]]
+            assert near["attributes"] == {"material": "steel"}  # all that the prompt shows of a neighbour
 
 
 @pytest.mark.slow
