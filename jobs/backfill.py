@@ -33,8 +33,10 @@ from jobs.rescore import (
     likeliest,
     opened,
     refuse_foreign_prompt,
+    refuse_other_prompt,
     registered_folder,
     scoring,
+    scoring_beside,
 )
 from partitioner import engines, prefix, thresholds
 from partitioner.waves import Stopped
@@ -85,8 +87,8 @@ def main(argv: list[str]) -> int:
         in_force = thresholds.active(spark, args.tables)
         if in_force is None or in_force.model_id == what.model.model_id:
             raise ValueError("--sample compares with the model in force, and there is none other; leave --sample away")
-        old = argparse.Namespace(**{**vars(args), "model": in_force.model_id, "prompt": None})
-        before = scoring(old, *registered_folder(spark, args.tables, in_force.model_id))
+        before = scoring_beside(args, *registered_folder(spark, args.tables, in_force.model_id), in_force.prompt_id)
+        refuse_other_prompt(spark, args.tables, before)
         run = backfill(spark, args.tables, before, chosen, False, args.retry_failed, args.max_refused, args.deadline)
         if exit_code(run):
             return exit_code(run)
@@ -171,7 +173,7 @@ def backfill(
         if dry_run:
             fill.predict()
             return runs.finish(spark, root, fill.run, "done", "dry run")
-        with engines.kept_alive(spark, what.settings.tensor_parallel, fill.between), fill.between:
+        with engines.kept_alive(spark, what.settings.tensor_parallel):
             if retry_failed:
                 fill.retry_failed()
             fill.fill()
@@ -198,6 +200,7 @@ class Backfill(Night):
     def fill(self) -> None:
         """Scores what is left, and again what changed meanwhile. Raises Stopped at the deadline."""
         self.forget_removed_pairs()
+        self.follow_pairs()
         for number in range(PASSES):
             judged = self.judged()
             line = self.score(self.chosen_pairs(), f"{number:04d}", judged)

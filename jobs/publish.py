@@ -72,7 +72,12 @@ def publish(spark: SparkSession, root: str) -> dict[str, int]:
 
     Raises ValueError where another publisher is at work, whatever its model.
     """
-    in_force(spark, root)
+    version, tiers = in_force(spark, root)
+    if tiers.isEmpty() and not delta.read(spark, root, "published_labels").isEmpty():
+        raise ValueError(
+            f"no pair has a tier under version {version.version}, so all of published_labels would be withdrawn, and "
+            "nothing was done. Look at pairs and label_probs: bring back what they lack (ingest, backfill)"
+        )
     run = runs.start(spark, root, JOB, alone=True)
     counts: Counter[str] = Counter(inserted=0, updated=0, deleted=0)
     try:

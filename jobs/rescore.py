@@ -13,6 +13,7 @@ where it stopped. Where pairs bear a weight, the heaviest products come first.
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import threading
 import time
@@ -69,7 +70,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     parser.add_argument("--head", default="float32", choices=("float32", "model"), help="number type of the logits")
     parser.add_argument("--max-model-len", type=_positive, default=defaults.max_model_len, help="tokens of a prompt")
     parser.add_argument("--kv-cache-gib", type=float, default=defaults.kv_cache_gib, help="KV cache on CPU, GiB")
-    parser.add_argument("--gpu-memory", type=float, default=defaults.gpu_memory, help="share of a GPU's memory")
+    parser.add_argument("--gpu-memory", type=_share, default=defaults.gpu_memory, help="share of a GPU's memory")
     by_device = f"{STEP_ON_CPU[0]} on CPU, {STEP_ON_GPU[0]} on a GPU"
     told = f"pairs in one step of the engine ({by_device}; sample: 256)"
     parser.add_argument("--max-num-seqs", type=_positive, default=defaults.max_num_seqs, help=told)
@@ -78,6 +79,19 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     parser.add_argument("--max-num-batched-tokens", type=_positive, default=defaults.max_num_batched_tokens, help=told)
     parser.add_argument("--tensor-parallel", type=_positive, default=1, help="GPUs that hold one copy of the model")
     parser.add_argument("--hang-seconds", type=_positive, default=defaults.hang_seconds, help="no answer so long: hung")
+
+
+def _interval(text: str) -> str:
+    if not re.fullmatch(r"\s*[1-9]\d*\s+(second|minute|hour|day)s?\s*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no interval: write '5 minutes' (seconds, minutes, hours, days)")
+    return text
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: allowed is above 0 and at most 1")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -122,6 +136,16 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
             flush=True,
         )
     return Scoring(model, stage, prompt, settings)
+
+
+def scoring_beside(args: argparse.Namespace, folder: str, stage: str, prompt_id: str | None = None) -> Scoring:
+    """A second model of a command, asked with the prompt beside its weights; where that is not there, or is not the
+    wanted one (`prompt_id`), with `--prompt`."""
+    if args.prompt is None or inspect(folder).prompt_file is not None:
+        found = scoring(argparse.Namespace(**{**vars(args), "prompt": None}), folder, stage)
+        if args.prompt is None or prompt_id in (None, found.prompt.prompt_id):
+            return found
+    return scoring(args, folder, stage)
 
 
 def model_folder(name: str) -> tuple[str, str] | None:
@@ -246,7 +270,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
     )
-    parser.add_argument("--every", metavar="INTERVAL", help='stay, and look for changes so often, such as "5 minutes"')
+    parser.add_argument(
+        "--every", type=_interval, metavar="INTERVAL", help='stay, and look for changes so often, such as "5 minutes"'
+    )
     parser.add_argument("--also", action="append", default=[], metavar="M2", help="keep this model current too")
     add_night_flags(parser)
     add_scoring_flags(parser, model_required=False)
@@ -254,8 +280,9 @@ def main(argv: list[str]) -> int:
     follow = args.model in (None, ACTIVE)
     end_when_told()
     spark, what = opened(args, JOB, scoring)
-    others = [argparse.Namespace(**{**vars(args), "model": name, "prompt": None}) for name in args.also]
-    candidates = {one.regime: one for one in (opened(other, JOB, scoring)[1] for other in others)}
+    others = [argparse.Namespace(**{**vars(args), "model": name}) for name in args.also]
+    candidates = {one.regime: one for one in (opened(other, JOB, scoring_beside)[1] for other in others)}
+    code = 0
     while True:
         if follow:
             refuse_other_prompt(spark, args.tables, what)
@@ -263,11 +290,12 @@ def main(argv: list[str]) -> int:
         run = rescore(
             spark, args.tables, what, args.every, args.retry_failed, args.max_refused, args.deadline, also, follow
         )
+        code = max(code, exit_code(run))  # a gate that failed before a promotion has failed
         if run.status != "done" or not (follow and args.every):
-            return exit_code(run)
-        in_force = in_force_now(spark, args.tables)[0]
-        what = next((one for one in candidates.values() if one.model.model_id == in_force), None) or scoring(
-            args, *registered_folder(spark, args.tables, in_force)
+            return code
+        in_force, prompt_id = in_force_now(spark, args.tables)
+        what = next((one for one in candidates.values() if one.model.model_id == in_force), None) or scoring_beside(
+            args, *registered_folder(spark, args.tables, in_force), prompt_id
         )
 
 
@@ -330,6 +358,7 @@ def rescore(
     checkpoint = f"{root}/_checkpoints/{JOB}/{what.model.model_id}-{what.prompt.prompt_id}"
     try:
         night.forget_removed_pairs()
+        night.follow_pairs()
         if delta.days_since(spark, f"{checkpoint}/commits") > delta.KEPT_DAYS:
             # It points at changes whose files may be gone. Without it all pairs are looked at; judged ones are skipped.
             print(f"{JOB}: {checkpoint} rested for more than {delta.KEPT_DAYS} days and is begun anew", flush=True)
@@ -341,12 +370,13 @@ def rescore(
         writer = writer.trigger(processingTime=every) if every else writer.trigger(availableNow=True)
         query = writer.start()
         try:
-            with engines.kept_alive(spark, what.settings.tensor_parallel, night.between):
+            with engines.kept_alive(spark, what.settings.tensor_parallel):
                 while not query.awaitTermination(FOLLOWED_SECONDS):
                     promoted = follow and every and in_force_now(spark, root) != what.regime
                     if (why := night.asked_to_stop()) or promoted:
-                        with night.between:
-                            query.stop()
+                        with night.between:  # after the batch at work
+                            night.ending = True
+                        query.stop()  # joins the stream's thread, which may wait for the lock with another batch
                         if night.error:  # of the batch that was waited for; a query that is stopped does not tell
                             raise night.error
                         if why:
@@ -393,11 +423,12 @@ def opened_nights(
     spark: SparkSession, root: str, whats: Sequence[Scoring], max_refused: float, deadline: datetime | None
 ) -> list[Night]:
     """Nights whose runs have begun. Raises ValueError for a foreign prompt, and where their like is at work already."""
+    for what in whats:
+        adapter.refuse_chain_first(what.model.path)
+        refuse_foreign_prompt(spark, root, what)
     nights: list[Night] = []
     try:
         for what in whats:
-            adapter.refuse_chain_first(what.model.path)
-            refuse_foreign_prompt(spark, root, what)
             run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=True)
             nights.append(Night(spark, root, what, run))
             nights[-1].max_refused, nights[-1].deadline = max_refused, deadline
@@ -438,6 +469,7 @@ class Night(Waves):
         self.error: BaseException | None = None
         self._version = 0  # of pairs, at which the batch was read
         self.between = threading.Lock()  # held while a batch is worked on
+        self.ending = False  # no batch begins any more
         self._written = 0  # rows of label_probs that this run's commits inserted or changed
         self._looked = time.monotonic()  # when the gates were last looked at
         self._failed = 0  # of them, at most at one look
@@ -448,13 +480,31 @@ class Night(Waves):
         judged = delta.read(self.spark, self.root, "label_probs").select("pair_id")
         orphans = judged.join(pairs, "pair_id", how="left_anti")
         if not orphans.isEmpty():
+            if pairs.isEmpty():
+                raise runs.Unmet(
+                    f"table pairs is empty, and label_probs is not: all that was judged would be removed, so nothing "
+                    f"was done. Bring the pairs back (ingest --tables {self.root} --pairs FILE); or, where they are to "
+                    f"go for good, remove the rows model by model (maintain --tables {self.root} --drop-model ID --yes)"
+                )
             gone = delta.delete(self.spark, self.root, "label_probs", orphans, ("pair_id",))
             self._count(removed=gone)
             print(f"{self.run.job}: removed {gone:,} rows of pairs that are gone", flush=True)
 
+    def follow_pairs(self) -> None:
+        """Where `pairs` was made anew its versions begin again, and rows that name a later one than there is would pass
+        for newer than any text to come: they name the first one from now on."""
+        highest = delta.read(self.spark, self.root, "label_probs").agg(F.max("pairs_version")).collect()[0][0]
+        present = delta.version(self.spark, self.root, "pairs")  # read after it: versions only grow
+        if highest is not None and highest > present:
+            named = F.col("pairs_version") > present
+            delta.update(self.spark, self.root, "label_probs", named, {"pairs_version": F.lit(0).cast("bigint")})
+            print(f"{self.run.job}: pairs is at version {present:,}, rows named up to {highest:,}: it was made anew")
+
     def batch(self, changes: DataFrame, batch_id: int) -> None:
         """One micro-batch of the change feed (foreachBatch)."""
         with self.between:
+            if self.ending:  # it is not done, so the checkpoint stays before it
+                raise Stopped("the stream ends")
             try:
                 self._batch(changes, f"{batch_id:04d}")
             except BaseException as error:
@@ -587,7 +637,8 @@ class Night(Waves):
             "new.pairs_version >= old.pairs_version AND (new.content_hash <> old.content_hash "
             "OR old.outcome <> 'scored' AND new.outcome <> old.outcome)"
         )
-        written = delta.upsert(self.spark, self.root, "label_probs", new, newer)
+        mine = {"model_id": what.model.model_id, "prompt_id": what.prompt.prompt_id}
+        written = delta.upsert(self.spark, self.root, "label_probs", new, newer, mine)
         self._written += written["inserted"] + written["updated"]
 
     def ask_again(self, line: prefix.Line) -> None:

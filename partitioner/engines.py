@@ -1,7 +1,8 @@
 """How many engines there are, and how Spark is made to run one scoring task at a time on each.
 
 An engine fills its executor: all its cores, or its GPUs. So scoring tasks ask for all of them. In local mode, where
-Spark takes no such request, a wave is one shard, so there is one scoring task at a time there too.
+Spark takes no such request, a wave is one shard, so there is one scoring task at a time there too. Executors must stay:
+one that comes in the middle of a night loads an engine, and one that goes takes it along.
 
 An engine is loaded once for a night because its Python worker stays. Spark ends a Python worker that was idle for a
 minute (a constant, not a setting), and between two batches of a stream that is often so. `kept_alive` therefore gives
@@ -17,14 +18,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 
 import pyarrow as pa
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
+from udfs.engine import THREADS
+
 TOUCH_SECONDS = 25.0  # Spark looks every ten seconds for workers idle for sixty
 _GPUS = "spark.executor.resource.gpu.amount"
+_working = threading.Lock()
+_used = -TOUCH_SECONDS  # when a task of the engines last ended
 
 
 def is_local(spark: SparkSession) -> bool:
@@ -48,11 +54,17 @@ def gpus_per_executor(spark: SparkSession) -> int:
 def count(spark: SparkSession, tensor_parallel: int) -> int:
     """Engines that can work at the same time: one an executor.
 
-    Raises ValueError where an executor has more or fewer GPUs than one engine asks for. With two engines in one, a new
-    worker could be given the GPU on which the other's engine sits: Spark hands out GPUs and idle workers apart.
+    Raises ValueError where executors come and go, and where one has more or fewer GPUs than one engine asks for. With
+    two engines in one, a new worker could be given the GPU on which the other's engine sits: Spark hands out GPUs and
+    idle workers apart.
     """
     if is_local(spark):
         return 1
+    if spark.sparkContext.getConf().get("spark.dynamicAllocation.enabled", "false").lower() == "true":
+        raise ValueError(
+            "Spark would start and end executors as it sees fit, and each new one loads the engine; start with "
+            "--conf spark.dynamicAllocation.enabled=false and say how many there are (YARN: --num-executors N)"
+        )
     executors = max(1, len(_cores(spark)))
     gpus = gpus_per_executor(spark)
     if gpus not in (0, tensor_parallel):
@@ -67,12 +79,16 @@ def profile(spark: SparkSession, tensor_parallel: int) -> ResourceProfile | None
     """What a scoring task asks for: its GPUs, or without any all cores of its executor; None in local mode."""
     if is_local(spark):
         return None
-    requests = TaskResourceRequests()
     if gpus_per_executor(spark):
-        requests = requests.cpus(1).resource("gpu", tensor_parallel)
-    else:
-        requests = requests.cpus(max(_cores(spark), default=1))
-    return ResourceProfileBuilder().require(requests).build
+        return _profile(str(spark.sparkContext.applicationId), 1, tensor_parallel)
+    return _profile(str(spark.sparkContext.applicationId), max(_cores(spark), default=1), 0)
+
+
+@cache
+def _profile(application: str, cpus: int, gpus: int) -> ResourceProfile:
+    """One for an application: Spark never forgets one, and takes each for another."""
+    requests = TaskResourceRequests().cpus(cpus)
+    return ResourceProfileBuilder().require(requests.resource("gpu", gpus) if gpus else requests).build
 
 
 def _cores(spark: SparkSession) -> list[int]:
@@ -84,42 +100,77 @@ def _cores(spark: SparkSession) -> list[int]:
 
 @contextmanager
 def own_workers(spark: SparkSession) -> Iterator[None]:
-    """Python functions made in here run in worker processes of their own, so that an engine's worker is found again.
+    """Python functions that this thread makes in here run in workers of their own, so that an engine is found again.
 
     Spark hands an idle Python worker to any task whose environment is the same; a tokenising task would take the
     worker with the engine, and the next scoring task would load another one.
     """
-    environment = spark.sparkContext.environment
-    environment["TAOSR1_WORKER"] = "engine"
-    try:
-        yield
-    finally:
-        del environment["TAOSR1_WORKER"]
+    context = spark.sparkContext
+    if not isinstance(context.environment, _Environment):
+        context.environment = _Environment(context.environment)
+    own = context.environment.own
+    with at_work():
+        own.entries = {"TAOSR1_WORKER": "engine", THREADS: _threads(spark)}
+        try:
+            yield
+        finally:
+            own.entries = {}
 
 
 @contextmanager
-def kept_alive(spark: SparkSession, tensor_parallel: int, between: threading.Lock) -> Iterator[None]:
-    """Touches the engines' workers now and then whenever `between`, which who uses the engines holds, is free.
+def at_work() -> Iterator[None]:
+    """While tasks of the engines run: a touch beside one would start a second worker, which the next might take."""
+    global _used
+    with _working:
+        try:
+            yield
+        finally:
+            _used = time.monotonic()
 
-    Before the first use it starts one worker an engine, without an engine in it. A touch beside a scoring task would
-    start a second worker, which the next scoring task might take: hence the lock.
+
+class _Environment(dict[str, str]):
+    """Spark's environment of Python functions, to which a thread can add entries that the others do not see."""
+
+    def __init__(self, shared: dict[str, str]) -> None:
+        super().__init__(shared)
+        self.own = threading.local()
+
+    def keys(self) -> list[str]:  # type: ignore[override]
+        """What py4j copies, name by name."""
+        return [*super().keys(), *getattr(self.own, "entries", {})]
+
+    def __getitem__(self, name: str) -> str:
+        entries: dict[str, str] = getattr(self.own, "entries", {})
+        return entries[name] if name in entries else super().__getitem__(name)
+
+
+def _threads(spark: SparkSession) -> str:
+    """What an engine on CPUs is told of its threads; empty: all cores of its task, which is so on a cluster."""
+    if given := spark.sparkContext.getConf().get("spark.executorEnv.OMP_NUM_THREADS"):
+        return given
+    if not is_local(spark):
+        return ""
+    return os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
+    """Touches the engines' workers when they were not used for a while: between batches, in long planning.
+
+    Before the first use it starts one worker an engine, without an engine in it.
     """
     ended = threading.Event()
 
     def touch() -> None:
         while not ended.wait(TOUCH_SECONDS):
-            if not between.acquire(blocking=False):
+            if _working.locked() or time.monotonic() - _used < TOUCH_SECONDS:
                 continue
             try:
-                count_now = count(spark, tensor_parallel)
+                rows = spark.range(count(spark, tensor_parallel)).repartition(count(spark, tensor_parallel))
                 with own_workers(spark):
-                    rows = spark.range(count_now).repartition(count_now)
-                    touched = rows.mapInArrow(_touched, "id BIGINT", profile=profile(spark, tensor_parallel))
-                touched.collect()
+                    rows.mapInArrow(_touched, "id BIGINT", profile=profile(spark, tensor_parallel)).collect()
             except Exception as error:  # the stream's own error is the one to tell
                 print(f"engines: not touched ({str(error).splitlines()[0] if str(error) else error!r})", flush=True)
-            finally:
-                between.release()
 
     thread = threading.Thread(target=touch, name="keep-alive", daemon=True)
     thread.start()

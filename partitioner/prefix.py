@@ -77,7 +77,8 @@ def _measure(block: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.Rec
                 prompt = ids[row].values.to_numpy()
                 shared = shared_prefix(last, prompt)
                 same_group = groups[row] == last_group and shared >= last_group and position + row > 0
-                if not same_group or work - anchor >= HOT_TOKENS:
+                # One that costs nothing stays with its twin: at the line's very end it would lie behind the last cut.
+                if not same_group or (work - anchor >= HOT_TOKENS and shared < len(prompt)):
                     anchor = work
                 anchors[row] = anchor
                 nodes[row] = len(prompt) - shared

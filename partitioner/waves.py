@@ -156,12 +156,12 @@ class Waves(ABC):
         self.take_engines()
         settings = self.what.settings
         count = engines.count(self.spark, settings.tensor_parallel)
-        with engines.own_workers(self.spark):  # of this thread's functions alone, so the plan is made here
+        with engines.own_workers(self.spark):
             loads = self.spark.range(count).repartition(count)
             loads = loads.mapInArrow(loader(settings, self.what.load_engine), "id BIGINT", profile=self._profile())
 
         def load_all() -> None:
-            with self.timed("loading"):
+            with self.timed("loading"), engines.at_work():
                 loads.collect()
 
         once = ThreadPoolExecutor(1, "load")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 import threading
@@ -34,6 +35,7 @@ from pyspark.sql.types import StructType
 from schemas.crash import crash
 from schemas.tables import TABLES, Table
 
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
 # What Spark must be told before it starts. spark-submit.sh and the README's plain spark-submit print this very list.
 CONF = {
@@ -120,7 +122,7 @@ def root(tables: str) -> str:
     """
     if not tables.strip() or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in tables):
         raise ValueError(f"--tables {tables!r}: a path may not be empty or hold control characters")
-    return tables if "://" in tables or tables.startswith("file:") else os.path.abspath(tables)
+    return tables if _URI.match(tables) else os.path.abspath(tables)
 
 
 def path(root: str, name: str) -> str:
@@ -163,7 +165,7 @@ def prepare(spark: SparkSession, root: str) -> None:
 
 def refuse_silent_loss(spark: SparkSession, root: str) -> None:
     """S3 takes the place of an object without a word, so there Delta sees no second writer unless it is told how."""
-    scheme = root.partition("://")[0] if "://" in root else ""
+    scheme = root.partition(":")[0].lower() if _URI.match(root) else ""
     key = f"spark.delta.logStore.{scheme}.impl"
     if scheme in ("s3", "s3a", "s3n") and not spark.sparkContext.getConf().get(key):
         raise ValueError(
@@ -192,12 +194,12 @@ def alone(spark: SparkSession, root: str) -> Iterator[None]:
     once. The lock is the JVM's on ROOT/_commit.lock, so it ends with the process that commits, however that ends.
     Raises GaveUp where another process holds it for an hour.
     """
-    folder = root.removeprefix("file:")
-    if "://" in folder.lstrip("/") or not folder.startswith("/"):
+    jvm: Any = spark._jvm
+    where = jvm.org.apache.hadoop.fs.Path(root)
+    if where.getFileSystem(spark._jsc.hadoopConfiguration()).getScheme() != "file":  # a plain path may be of HDFS
         yield
         return
-    folder = "/" + folder.lstrip("/")
-    jvm: Any = spark._jvm
+    folder = str(where.toUri().getPath())
     with _alone:  # the JVM's lock is between processes; inside one it raises
         os.makedirs(folder, exist_ok=True)
         file = jvm.java.io.RandomAccessFile(os.path.join(folder, LOCK), "rw")
@@ -235,7 +237,7 @@ def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
     snapshot = _snapshot(spark, root, table.name)
     found = {f.name: f for f in StructType.fromJson(json.loads(snapshot.metadata().schemaString())).fields}
     # Delta cannot make a column NOT NULL that may be null.
-    anew = f"move the folder of {where} away, start the job again, which makes it, and insert the old rows into it"
+    anew = f"move the folder of {where} away, start maintain, which makes it anew, and insert the old rows"
     differences = []
     for column in table.columns:
         if column.name not in found:
@@ -351,17 +353,28 @@ def append(spark: SparkSession, root: str, name: str, rows: DataFrame) -> None:
     _committed(spark, root, lambda: rows.write.format("delta").mode("append").save(path(root, name)))
 
 
-def upsert(spark: SparkSession, root: str, name: str, rows: DataFrame, changed: str = "true") -> dict[str, int]:
+def upsert(
+    spark: SparkSession,
+    root: str,
+    name: str,
+    rows: DataFrame,
+    changed: str = "true",
+    same: Mapping[str, str] | None = None,
+) -> dict[str, int]:
     """Brings `rows` into a table by its key, in one commit; returns how many were inserted and updated.
 
     `rows`: the table's columns, at most one row a key. It is read twice, so it must not be the plan of expensive or
     non-repeatable work: land or persist that first. `changed`: SQL over `old` and `new` that says whether a row that
-    is there already is rewritten; unchanged rows are not touched. Delta commits even where nothing changes.
+    is there already is rewritten; unchanged rows are not touched. `same`: columns of the key that have one value in all
+    of `rows`; files without it are then not read. Delta commits even where nothing changes.
     """
 
     def build() -> DeltaMergeBuilder:
         names = TABLES[name].names
-        matched = " AND ".join(f"old.{key} = new.{key}" for key in TABLES[name].key)
+        matched = " AND ".join(
+            [f"old.{key} = new.{key}" for key in TABLES[name].key]
+            + [f"old.{column} = {_literal(value)}" for column, value in (same or {}).items()]
+        )
         return (
             DeltaTable.forPath(spark, path(root, name))
             .alias("old")

@@ -82,6 +82,10 @@ def test_merging_twice_gives_the_same_bytes_and_a_folder_that_is_there_is_left_a
     made_at = (one / "model.safetensors").stat().st_mtime_ns
     adapter.merge(str(tmp_path / "adapter"), str(base), str(one))
     assert (one / "model.safetensors").stat().st_mtime_ns == made_at
+    # What lies beside the adapter's weights belongs to the model too.
+    (tmp_path / "adapter" / "canaries.json").write_text("[]")
+    adapter.merge(str(tmp_path / "adapter"), str(base), str(one))
+    assert (one / "canaries.json").read_text() == "[]"
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def task(batches):
 gpus = int(sys.argv[2])
 profile = engines.profile(spark, gpus) if gpus else None
 assert not gpus or engines.count(spark, gpus) == 2
+assert profile is None or profile.id == engines.profile(spark, gpus).id
 said = spark.range(0, 100, 1, 6).mapInArrow(task, "said string", profile=profile).collect()
 print(json.dumps([json.loads(row.said) for row in said]))
 """

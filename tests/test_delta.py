@@ -156,3 +156,9 @@ def test_a_run_is_one_row_from_start_to_end(spark: SparkSession, root: str) -> N
 def test_names_outside_the_contract_reach_no_path(spark: SparkSession, root: str) -> None:
     with pytest.raises(KeyError):
         delta.read(spark, root, "../../etc")
+
+
+def test_a_path_with_a_scheme_is_no_folder_of_this_machine() -> None:
+    for where in ("hdfs:/relevance", "s3a://bucket/t", "file:/t", "file:///t"):
+        assert delta.root(where) == where
+    assert delta.root("a:b").endswith("/a:b")

@@ -461,13 +461,11 @@ def test_s3_without_a_log_store_that_sees_other_writers_is_refused(spark: SparkS
 def test_an_engine_outlives_a_gap_of_ninety_seconds(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
     night = job.Night(spark, root, scoring(), runs.start(spark, root, "rescore", MODEL))
-    with engines.kept_alive(spark, 1, night.between):
-        with night.between:
-            night.score_changed(delta.read(spark, root, "pairs").select("pair_id"), "before")
+    with engines.kept_alive(spark, 1):
+        night.score_changed(delta.read(spark, root, "pairs").select("pair_id"), "before")
         time.sleep(90)
         put(spark, root, [("k9", "Red kettle", {}, None)])
-        with night.between:
-            night.score_changed(delta.read(spark, root, "pairs").select("pair_id"), "after")
+        night.score_changed(delta.read(spark, root, "pairs").select("pair_id"), "after")
     assert (night.run.counts["scored"], night.run.engine_loads) == (16, 1)
 
 

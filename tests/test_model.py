@@ -231,6 +231,7 @@ def fifo(folder: Path) -> None:
         (config(is_encoder_decoder=True), "no encoder-decoder"),
         (config(quantization_config={"quant_method": "bitsandbytes"}), "quantised by 'bitsandbytes'.*awq, compressed"),
         (config(quantization_config={}), "quantised by None"),
+        (lambda f: (f / "hf_quant_config.json").write_text("{}"), r"has a hf_quant_config\.json, by which ModelOpt"),
         (config(text_config={"quantization_config": {"quant_method": "x"}}), "quantised by 'x'"),
         (config(vocab_size=None), r"has no number vocab_size in config\.json"),
         (config(max_position_embeddings="long"), "has no number max_position_embeddings or n_positions"),

@@ -60,6 +60,13 @@ def test_the_measures_of_a_sorted_line_sum_to_the_slow_trie_and_the_block_floor(
     assert sum(measured["new_in_blocks"].to_pylist()) == floor_of_whole_blocks(prompts, BLOCK)
 
 
+def test_a_last_prompt_that_costs_nothing_is_in_the_last_wave(spark: SparkSession) -> None:
+    """Two products of one text, asked alike, behind as much work as begins a new stretch."""
+    prompts = [[1, 2, *range(n * 20, n * 20 + 14)] for n in range(1, 700)]
+    line = landed(as_rows(spark, [*prompts, prompts[-1]], [2] * 700), 1)
+    assert line.shards(0, line.length, 1).count() == 700
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_totals_of_a_line_do_not_depend_on_the_parts_it_was_sorted_in(spark: SparkSession, parts: int) -> None:
     prompts = a_night(12, 5)

@@ -153,6 +153,16 @@ def test_quepid_gets_its_csv_and_no_formula(spark: SparkSession, root: str, tmp_
         export(spark, root, "qrels", str(out), "fr")
 
 
+def test_an_index_is_not_emptied_because_pairs_are_gone(spark: SparkSession, root: str) -> None:
+    tables(spark, root)
+    publish(spark, root)
+    before = delta.version(spark, root, "published_labels")
+    delta.delete(spark, root, "pairs", delta.read(spark, root, "pairs"), ("pair_id",))
+    with pytest.raises(ValueError, match="all of published_labels would be withdrawn"):
+        publish(spark, root)
+    assert delta.version(spark, root, "published_labels") == before
+
+
 def test_format_and_out_belong_together() -> None:
     for flags in (
         ["--format", "qrels"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -135,6 +136,48 @@ def test_a_night_costs_what_changed(spark: SparkSession, root: str) -> None:
     assert some.computed_tokens <= 1.02 * some.block_floor
     none = rescore(spark, root, scoring())
     assert (none.counts, none.engine_loads, none.computed_tokens) == ({}, None, None)
+
+
+def test_pairs_that_were_made_anew_neither_take_the_rows_along_nor_keep_new_texts_out(
+    spark: SparkSession, root: str
+) -> None:
+    put(spark, root, PRODUCTS[:1])
+    rescore(spark, root, scoring())
+    pairs = delta.read(spark, root, "pairs").localCheckpoint()
+    delta.delete(spark, root, "pairs", pairs, ("pair_id",))
+    with pytest.raises(runs.Unmet, match="table pairs is empty, and label_probs is not"):
+        rescore(spark, root, scoring())
+    assert probs(spark, root).count() == 4
+    # As after a copy of the tables: rows name a version of `pairs` that its history has not reached yet.
+    delta.update(spark, root, "label_probs", F.lit(True), {"pairs_version": F.lit(4312).cast("bigint")})
+    put(spark, root, [("k1", "Steel kettle, red", *PRODUCTS[0][2:])])
+    rescore(spark, root, scoring())
+    texts = {r["pair_id"]: r["content_hash"] for r in delta.read(spark, root, "pairs").collect()}
+    assert {r["pair_id"]: r["content_hash"] for r in probs(spark, root).collect()} == texts
+
+
+def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_was_named(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model")
+    parser = argparse.ArgumentParser()
+    job.add_scoring_flags(parser)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**PROMPT, "first": "query"}))
+    args = parser.parse_args(["--model", "any", "--prompt", str(other)])
+    named = job.scoring(args, str(folder), "external").prompt.prompt_id
+    own = job.scoring_beside(args, str(folder), "external").prompt.prompt_id
+    assert own != named
+    assert job.scoring_beside(args, str(folder), "external", named).prompt.prompt_id == named
+    (folder / "prompt.json").unlink()
+    assert job.scoring_beside(args, str(folder), "external").prompt.prompt_id == named
+
+
+@pytest.mark.parametrize(
+    "flags", [["--every", "5 minuts"], ["--every", "often"], ["--gpu-memory", "90"], ["--gpu-memory", "0"]]
+)
+def test_a_flag_that_is_wrong_stops_the_job_before_any_work(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        job.main(["--tables", str(tmp_path / "t"), "--model", "demo", *flags])
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.slow

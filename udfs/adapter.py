@@ -7,6 +7,7 @@ depends on the machine's kernels. Only what that sum covers is let through: plai
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -61,7 +62,13 @@ def merge(adapter: str, base: str, target: str) -> str:
 
     Raises ValueError with a sentence where the base is not the adapter's, or the adapter is more than plain LoRA.
     """
-    made = {"adapter": weights_hash(adapter), "base": recipe(adapter).get("base_hash") or weights_hash(base)}
+    told = {name: value for name, value in recipe(adapter).items() if name != "merged_hash"}
+    made = {
+        "adapter": weights_hash(adapter),
+        "base": told.get("base_hash") or weights_hash(base),
+        "told": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+        **{file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in _beside(adapter)},
+    }
     stamp = Path(target) / STAMP
 
     def make(partial: Path) -> None:
@@ -79,13 +86,18 @@ def merge(adapter: str, base: str, target: str) -> str:
                 f"adapter {adapter} and its base gave weights {got[:12]}…, not the {wanted[:12]}… that its {RECIPE} "
                 "names: one of its files has changed. Copy the folder again"
             )
-        for name in ("prompt.json", "canaries.json", RECIPE):
-            if (Path(adapter) / name).is_file():
-                shutil.copyfile(Path(adapter) / name, partial / name)
+        for file in (*_beside(adapter), Path(adapter) / RECIPE):
+            if file.is_file() and file.name != CONFIG:
+                shutil.copyfile(file, partial / file.name)
         (partial / STAMP).write_text(json.dumps(made))
 
     with made_once(Path(target), make, lambda: stamp.is_file() and json.loads(stamp.read_text()) == made):
         return target
+
+
+def _beside(adapter: str) -> list[Path]:
+    """The files beside an adapter's weights that decide what comes of it, as far as they are there."""
+    return [file for name in (CONFIG, "prompt.json", "canaries.json") if (file := Path(adapter) / name).is_file()]
 
 
 def _merge_weights(adapter: Path, base: Path, target: Path) -> None:

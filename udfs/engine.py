@@ -30,6 +30,7 @@ BROKEN_ENGINE_EXIT = 70
 # 4,096, of 512 and 8,192 one H200 scored 1,466, 2,308, 2,188 pairs/s (4B weights), and 1,945, 2,494, 2,739 (135M).
 STEP_ON_CPU = (128, 2048)
 STEP_ON_GPU = (512, 8192)
+THREADS = "TAOSR1_THREADS"  # of an engine on CPUs, in its worker's environment
 LOADING_SECONDS = 900  # a large model may take minutes to load and to compile its first step: till then nothing hangs
 
 
@@ -183,10 +184,12 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         if on_cpu:
-            # Attention in bf16 uses AMX where the processor has it. The kernel must be asked for leave first, which
-            # vLLM leaves to oneDNN; a small model may not need that before, and died of an illegal instruction.
             import torch
 
+            if threads := threads_of_task():
+                torch.set_num_threads(threads)
+            # Attention in bf16 uses AMX where the processor has it. The kernel must be asked for leave first, which
+            # vLLM leaves to oneDNN; a small model may not need that before, and died of an illegal instruction.
             getattr(torch.cpu, "_init_amx", bool)()
         settings = within_memory(settings, on_cpu)
         arguments = EngineArgs(model=folder, **vllm_arguments(settings, on_cpu))
@@ -305,6 +308,18 @@ class VllmEngine:
     def forget(self) -> None:
         """Empties the prefix cache, so that the next answers are computed from nothing."""
         self._engine.reset_prefix_cache()
+
+
+def threads_of_task() -> int:
+    """Threads that an engine on CPUs computes with: as many as the driver says, else all cores of its Spark task.
+
+    Spark tells each Python worker to use `spark.task.cpus`, one, whatever its task was given. 0 outside of a task: what
+    the process was told.
+    """
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    return int(os.environ.get(THREADS) or context.cpus()) if context is not None else 0
 
 
 def vllm_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # vLLM 0.32's names for quantised checkpoints on disk (its list is longer: it holds ways to quantise while loading).
+QUANT_CONFIG = "hf_quant_config.json"
 QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4", "quark")
 # Decoders in vLLM's registry end so; ForConditionalGeneration is a decoder that also takes images.
 _ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -320,6 +321,12 @@ def _architecture(path: Path, config: dict[str, Any]) -> str:
 
 
 def _refuse_unknown_quantization(path: Path, config: dict[str, Any]) -> None:
+    if (path / QUANT_CONFIG).exists():  # the engine would read it in the place of what config.json does not say
+        raise _refusal(
+            path,
+            f"has a {QUANT_CONFIG}, by which ModelOpt up to 0.29 told how a model is quantised; quantise it by a newer "
+            "one, which writes that into config.json, or save the model in bf16 without that file",
+        )
     for part in (config, config.get("text_config")):
         quantization = part.get("quantization_config") if isinstance(part, dict) else None
         if quantization is None:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
-from pyspark.sql import DataFrame
+from pyspark import Broadcast
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from schemas import tables
 from udfs.prompt import Part, Prompt, Renderer, renderer
 
 PRODUCT_TEXT = ("title", "brand", "description", "attributes", "category")
+_shipped: dict[tuple[str, str], Broadcast[Prompt]] = {}
 _PARTS = pa.struct([("ids", pa.list_(pa.int32())), ("cut", pa.int32())])
 
 
@@ -27,16 +29,17 @@ def rendered(pairs: DataFrame, prompt: Prompt) -> DataFrame:
     group_tokens INT, the length of its first part; tokens_cut INT, tokens of text that budgets and block cut left out;
     and `portion`, where the pairs have it.
     """
+    held = shipped(pairs.sparkSession, prompt)
     keyed = pairs.withColumn("product_key", tables.product_hash(*(F.col(c) for c in PRODUCT_TEXT)))
     products = (
         keyed.select("product_key", *PRODUCT_TEXT)
         .dropDuplicates(["product_key"])
-        .mapInArrow(_tokenise(prompt, _product), "product_key STRING, product STRUCT<ids: ARRAY<INT>, cut: INT>")
+        .mapInArrow(_tokenise(held, _product), "product_key STRING, product STRUCT<ids: ARRAY<INT>, cut: INT>")
     )
     queries = (
         keyed.select("query")
         .distinct()
-        .mapInArrow(_tokenise(prompt, _query), "query STRING, asked STRUCT<ids: ARRAY<INT>, cut: INT>")
+        .mapInArrow(_tokenise(held, _query), "query STRING, asked STRUCT<ids: ARRAY<INT>, cut: INT>")
     )
     first, second = ("product", "asked") if prompt.first == "product" else ("asked", "product")
     return (
@@ -69,13 +72,22 @@ def _query(renderer: Renderer, row: dict[str, Any]) -> Part:
     return renderer.query(row["query"])
 
 
+def shipped(spark: SparkSession, prompt: Prompt) -> Broadcast[Prompt]:
+    """The prompt and its tokenizer, sent once. Spark would broadcast a function that holds more than 1 MB each time one
+    is made, and leaves the file of each on the driver's disk for as long as the application runs."""
+    key = (str(spark.sparkContext.applicationId), prompt.prompt_id)
+    if key not in _shipped:
+        _shipped[key] = spark.sparkContext.broadcast(prompt)
+    return _shipped[key]
+
+
 def _tokenise(
-    prompt: Prompt, part: Callable[[Renderer, dict[str, object]], Part]
+    prompt: Broadcast[Prompt], part: Callable[[Renderer, dict[str, object]], Part]
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     """Keeps the first column (the key) and puts the part's ids and cut beside it."""
 
     def tokenise(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        compiled = renderer(prompt)
+        compiled = renderer(prompt.value)
         for batch in batches:
             parts = [part(compiled, row) for row in batch.to_pylist()]
             tokenised = pa.array([{"ids": p.ids, "cut": p.cut} for p in parts], type=_PARTS)
