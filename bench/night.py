@@ -5,12 +5,12 @@ python -m bench.night [--model demo-base|tiny|4b|FOLDER] [--shape log|wands|esci
 
 The night: products of the demo catalogue, each with some queries. Shapes: log, 30 pairs a product and queries by Zipf's
 law; wands, 5 pairs a product and 480 a query; esci, 1.5 pairs a product. A round runs, each in a process of its own,
-bare vLLM (`LLM.generate` on the job's prompts in the job's order), in the first round also on prompts whose product
-part is not cut at a block's boundary, and the whole rescore job on local Spark. --arrival adds the job on pairs in the
-order they came (its planner does not sort), --server a vLLM API server on this machine that Spark tasks ask over HTTP,
-a pair a request, 128 at a time, --ray Ray Data's batch processor around one vLLM engine (ray[data] is not among the
-project's packages); both get the pairs in the order they came. Printed are pairs a second, ratios, and the tokens
-computed against the trie's nodes and the block floor.
+bare vLLM (`LLM.generate` on the job's prompts in the job's order, in one process with a thread a core), in the first
+round also as vLLM comes and on prompts whose product part is not cut at a block's boundary, and the whole rescore job
+on local Spark. --arrival adds the job on pairs in the order they came (its planner does not sort), --server a vLLM API
+server on this machine that Spark tasks ask over HTTP, a pair a request, 128 at a time, --ray Ray Data's batch processor
+around one vLLM engine (ray[data] is not among the project's packages); both get the pairs in the order they came.
+Printed are pairs a second, ratios, and the tokens computed against the trie's nodes and the block floor.
 
 Engine start-up and one warm-up are left out on all sides. "engine" is the time the engine was at work, "waves" the wall
 time of scoring, landing and merging, "job" all of it with planning, Delta and Spark's streaming.
@@ -66,6 +66,7 @@ def main() -> None:
             prompts = json.loads(Path(root, "prompts.json").read_text())
             figures["bare"] = in_own_process(bare_vllm, model, prompts["aligned"], cache)
             if not number:
+                figures["as it comes"] = in_own_process(bare_vllm, model, prompts["aligned"], cache, True)
                 figures["unaligned"] = in_own_process(bare_vllm, model, prompts["unaligned"], cache)
             if args.arrival:
                 figures["arrival"] = in_own_process(the_job, model, night, f"{root}-arrival", cache, True)
@@ -141,9 +142,19 @@ def a_night(products: int, shape: str) -> list[dict[str, Any]]:
     return night
 
 
-def bare_vllm(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
-    """Seconds that `LLM.generate` takes for all prompts, and the tokens it computed."""
+def bare_vllm(model: str, prompts: list[list[int]], cache: float, as_it_comes: bool = False) -> dict[str, Any]:
+    """Seconds that `LLM.generate` takes for all prompts, and the tokens it computed.
+
+    At its best, in this process with a thread a core; or as it comes, in processes of its own, with one core left to
+    its scheduler.
+    """
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    if not as_it_comes:
+        import torch
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        getattr(torch.cpu, "_init_amx", bool)()  # as the job's engine does
     from vllm import LLM, SamplingParams
 
     llm: Any = LLM(model=model, **as_the_job(model, cache))
@@ -373,6 +384,8 @@ def report(rounds: list[dict[str, Any]], pairs: int, args: argparse.Namespace) -
     for name in ("engine", "waves", "job"):
         ratios = sorted(r["bare"]["seconds"] / r[name] for r in rounds)
         print(f"  {name:<7} ÷ bare vLLM  median {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    best, plain = one["bare"]["seconds"], one["as it comes"]["seconds"]
+    print(f"  bare vLLM ÷ as it comes, in a process of its own: {plain / best:.2f}")
     for peer in ("arrival", "server", "ray"):
         if peer in one:
             took = [r[peer].get("job", r[peer].get("seconds")) for r in rounds]

@@ -139,7 +139,11 @@ def test_a_model_that_answers_chain_first_has_no_scores_to_explain(
     ],
 )
 def test_what_is_no_query_for_pairs_is_refused_and_nothing_is_done(spark: SparkSession, root: str, query: str) -> None:
-    why = "the query selects no pair" if "WHERE" in query else "Wanted is one query that returns a column pair_id"
+    why = (
+        "the query selects no pair"
+        if query == "pairs" or "WHERE" in query
+        else "Wanted is one query that returns a column pair_id"
+    )
     with pytest.raises(ValueError, match=f"--pairs: .*{why}"):
         chosen(spark, root, query, 10)
     assert spark.catalog.tableExists("pairs")

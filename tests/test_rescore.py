@@ -161,7 +161,7 @@ def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_w
     parser = argparse.ArgumentParser()
     job.add_scoring_flags(parser)
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({**PROMPT, "first": "query"}))
+    other.write_text(json.dumps({**PROMPT, "block": 64}))
     args = parser.parse_args(["--model", "any", "--prompt", str(other)])
     named = job.scoring(args, str(folder), "external").prompt.prompt_id
     own = job.scoring_beside(args, str(folder), "external").prompt.prompt_id
