@@ -153,7 +153,7 @@ def bare_vllm(model: str, prompts: list[list[int]], cache: float, as_it_comes: b
         import torch
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
         getattr(torch.cpu, "_init_amx", bool)()  # as the job's engine does
     from vllm import LLM, SamplingParams
 

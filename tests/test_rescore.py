@@ -138,6 +138,7 @@ def test_a_night_costs_what_changed(spark: SparkSession, root: str) -> None:
     assert (none.counts, none.engine_loads, none.computed_tokens) == ({}, None, None)
 
 
+@pytest.mark.slow
 def test_pairs_that_were_made_anew_neither_take_the_rows_along_nor_keep_new_texts_out(
     spark: SparkSession, root: str
 ) -> None:
