@@ -70,7 +70,7 @@ def test_a_second_publisher_is_refused_and_one_that_slips_through_is_not_undone(
     def meanwhile(*args: Any) -> dict[str, int]:
         """Between the comparison of the first and its commit: a promotion, and another publisher's rows of it."""
         monkeypatch.setattr(delta, "sync", merge)
-        with pytest.raises(ValueError, match=r"of publish .* is alive"):
+        with pytest.raises(ValueError, match="of publish is alive"):
             publish(spark, root)
         swap(spark, root, 1, 2, "a test", None)
         row = {"product_id": "p 1", "locale": "en", "tier": 4, "tier_since_version": 2, "tier_since_model_id": MODEL}
