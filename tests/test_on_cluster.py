@@ -54,6 +54,8 @@ CONF = (
     "spark.ui.enabled=false",
     "--conf",
     "spark.executor.memory=1g",
+    "--conf",
+    "spark.executorEnv.OMP_NUM_THREADS=1",  # two engines on two cores
 )
 
 
