@@ -22,7 +22,7 @@ help: ## this list
 demo: setup java ## the whole pipeline on a made-up catalogue, with a small real model
 	./demo/run.sh
 
-test: lint java ## style, types and the tests that are quick; under ten minutes
+test: lint java ## style, types and the tests that are quick; some ten minutes
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: lint java ## style, types and all tests

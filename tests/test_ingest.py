@@ -623,6 +623,7 @@ def test_delete_removes_a_pair_or_a_product_and_leaves_gold_alone(
     assert versions(spark, root) == at
 
 
+@pytest.mark.slow
 def test_a_second_ingest_is_refused_while_the_first_is_alive(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_quepid_gets_its_csv_and_no_formula(spark: SparkSession, root: str, tmp_
         export(spark, root, "qrels", str(out), "fr")
 
 
+@pytest.mark.slow
 def test_an_index_is_not_emptied_because_pairs_are_gone(spark: SparkSession, root: str) -> None:
     tables(spark, root)
     publish(spark, root)

@@ -157,6 +157,7 @@ def test_pairs_that_were_made_anew_neither_take_the_rows_along_nor_keep_new_text
     assert {r["pair_id"]: r["content_hash"] for r in probs(spark, root).collect()} == texts
 
 
+@pytest.mark.slow
 def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_was_named(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model")
     parser = argparse.ArgumentParser()
