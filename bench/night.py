@@ -150,11 +150,10 @@ def bare_vllm(model: str, prompts: list[list[int]], cache: float, as_it_comes: b
     """
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     if not as_it_comes:
-        import torch
+        from udfs.engine import take_cores, threads_of_machine
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
-        getattr(torch.cpu, "_init_amx", bool)()  # as the job's engine does
+        take_cores(threads_of_machine())
     from vllm import LLM, SamplingParams
 
     llm: Any = LLM(model=model, **as_the_job(model, cache))

@@ -141,14 +141,15 @@ def export(spark: SparkSession, root: str, format: str, out: str, locale: str | 
     Raises ValueError where there is none of that locale, and for several locales in Quepid's CSV.
     """
     version, tiers = in_force(spark, root)
-    known = sorted(row["locale"] for row in tiers.select("locale").distinct().collect())
-    if locale is not None and locale not in known:
-        raise ValueError(f"--locale {locale}: no pair with a tier is of it (there are: {', '.join(known)})")
-    if format == "quepid" and locale is None and len(known) > 1:
-        raise ValueError(
-            f"Quepid's CSV cannot tell the query of one locale from that of another, and there are {', '.join(known)}; "
-            "write a file for each: --locale L"
-        )
+    if locale is not None or format == "quepid":
+        known = sorted(row["locale"] for row in tiers.select("locale").distinct().collect())
+        if locale is None and len(known) > 1:
+            raise ValueError(
+                "Quepid's CSV cannot tell the query of one locale from that of another, and there are "
+                f"{', '.join(known)}; write a file for each: --locale L"
+            )
+        if locale is not None and locale not in known:
+            raise ValueError(f"--locale {locale}: no pair with a tier is of it (there are: {', '.join(known)})")
     tiers = tiers if locale is None else tiers.where(F.col("locale") == locale)
     rows = tiers.select("locale", "query", "product_id", "tier").orderBy("locale", "query", "product_id")
     write = qrels if format == "qrels" else quepid

@@ -90,11 +90,11 @@ def add_epoch_flags(parser: argparse.ArgumentParser, epochs: float) -> None:
 
 
 def settings(args: argparse.Namespace, lesson: Lesson, stage: str, **more: Any) -> TrainSettings:
-    """The flags as settings: those that a stage has not keep their defaults."""
-    names = {field.name for field in fields(TrainSettings)} - {"rank"}
-    flags = {name: value for name, value in vars(args).items() if name in names}
+    """The flags as settings: those that a stage has not, or was not given, keep their defaults."""
+    names = {field.name for field in fields(TrainSettings)}
+    flags = {name: value for name, value in vars(args).items() if name in names and value is not None}
     flags |= {"stage": stage, "base": lesson.base, "adapter": lesson.adapter, "out": str(Path(args.out).absolute())}
-    return TrainSettings(**flags | {"rank": args.rank or TrainSettings.rank} | more)
+    return TrainSettings(**flags | more)
 
 
 def main(argv: list[str]) -> int:
@@ -123,17 +123,15 @@ def main(argv: list[str]) -> int:
     lesson = read_lesson(spark, args, args.order)
     how = settings(args, lesson, "sft")
     pairs = gold.learnt_from(spark, args.tables, args.source)
-    if args.labels_only:
-        pairs = limited(pairs, args)
-        chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"))
-    else:
+    chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"))
+    if not args.labels_only:
         taught = delta.read(spark, args.tables, "chains").where("kept")
-        pairs = limited(pairs.join(taught, ["pair_id", "label", "content_hash"], how="left_semi"), args)
         chains = (
             pairs.join(taught, ["pair_id", "label", "content_hash"], how="inner")
             .groupBy("pair_id", "label")
             .agg(F.min_by("chain", "teacher").alias("chain"))
         )
+    pairs = limited(pairs.join(chains, "pair_id", how="left_semi"), args)
     rows = rendered(pairs, lesson.prompt).join(chains, "pair_id", how="inner").orderBy("ids", "pair_id")
     data = [
         parts(row) | {"answer": lesson.form.target(row["label"], row["chain"])}

@@ -16,16 +16,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 
-import pyarrow as pa
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
-from udfs.engine import THREADS
+from udfs.engine import THREADS, threads_of_machine
+from udfs.stream import Batches
 
 TOUCH_SECONDS = 25.0  # Spark looks every ten seconds for workers idle for sixty
 _GPUS = "spark.executor.resource.gpu.amount"
@@ -103,29 +103,29 @@ def own_workers(spark: SparkSession) -> Iterator[None]:
     """Python functions that this thread makes in here run in workers of their own, so that an engine is found again.
 
     Spark hands an idle Python worker to any task whose environment is the same; a tokenising task would take the
-    worker with the engine, and the next scoring task would load another one.
+    worker with the engine, and the next scoring task would load another one. Their tasks run in here too, one thread's
+    at a time: a touch beside one would start a second worker, which the next might take.
     """
+    global _used
     context = spark.sparkContext
-    if not isinstance(context.environment, _Environment):
-        context.environment = _Environment(context.environment)
-    own = context.environment.own
-    with at_work():
+    with _working:
+        if not isinstance(context.environment, _Environment):
+            context.environment = _Environment(context.environment)
+        own = context.environment.own
         own.entries = {"TAOSR1_WORKER": "engine", THREADS: _threads(spark)}
         try:
             yield
         finally:
             own.entries = {}
-
-
-@contextmanager
-def at_work() -> Iterator[None]:
-    """While tasks of the engines run: a touch beside one would start a second worker, which the next might take."""
-    global _used
-    with _working:
-        try:
-            yield
-        finally:
             _used = time.monotonic()
+
+
+def each(spark: SparkSession, tensor_parallel: int, task: Callable[[Batches], Batches]) -> None:
+    """Runs a task, a function for `mapInArrow`, in the worker of each engine."""
+    number = count(spark, tensor_parallel)
+    with own_workers(spark):
+        rows = spark.range(number).repartition(number)
+        rows.mapInArrow(task, "id BIGINT", profile=profile(spark, tensor_parallel)).collect()
 
 
 class _Environment(dict[str, str]):
@@ -150,7 +150,7 @@ def _threads(spark: SparkSession) -> str:
         return given
     if not is_local(spark):
         return ""
-    return os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    return str(threads_of_machine())
 
 
 @contextmanager
@@ -166,9 +166,7 @@ def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
             if _working.locked() or time.monotonic() - _used < TOUCH_SECONDS:
                 continue
             try:
-                rows = spark.range(count(spark, tensor_parallel)).repartition(count(spark, tensor_parallel))
-                with own_workers(spark):
-                    rows.mapInArrow(_touched, "id BIGINT", profile=profile(spark, tensor_parallel)).collect()
+                each(spark, tensor_parallel, _touched)
             except Exception as error:  # the stream's own error is the one to tell
                 print(f"engines: not touched ({str(error).splitlines()[0] if str(error) else error!r})", flush=True)
 
@@ -183,12 +181,10 @@ def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
 
 def end(spark: SparkSession, tensor_parallel: int = 1) -> None:
     """Ends the engines' workers, and with them their engines; the next scoring task meets a fresh worker."""
-    rows = spark.range(count(spark, tensor_parallel)).repartition(count(spark, tensor_parallel))
-    with own_workers(spark):
-        rows.mapInArrow(_ended, "id BIGINT", profile=profile(spark, tensor_parallel)).collect()
+    each(spark, tensor_parallel, _ended)
 
 
-def _ended(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _ended(batches: Batches) -> Batches:
     from pyspark import TaskContext
 
     context = TaskContext.get()
@@ -198,6 +194,6 @@ def _ended(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     yield from batches
 
 
-def _touched(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _touched(batches: Batches) -> Batches:
     time.sleep(0.3)  # so that no executor takes two
     yield from batches

@@ -155,14 +155,10 @@ class Waves(ABC):
         """Has the engines loaded while the driver plans; there must be something to do for them."""
         self.take_engines()
         settings = self.what.settings
-        count = engines.count(self.spark, settings.tensor_parallel)
-        with engines.own_workers(self.spark):
-            loads = self.spark.range(count).repartition(count)
-            loads = loads.mapInArrow(loader(settings, self.what.load_engine), "id BIGINT", profile=self._profile())
 
         def load_all() -> None:
-            with self.timed("loading"), engines.at_work():
-                loads.collect()
+            with self.timed("loading"):
+                engines.each(self.spark, settings.tensor_parallel, loader(settings, self.what.load_engine))
 
         once = ThreadPoolExecutor(1, "load")
         self._loading = once.submit(load_all)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import sys
 import tempfile
 import threading
@@ -32,10 +31,10 @@ from pyspark import SparkConf, SparkContext
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
+from schemas import files
 from schemas.crash import crash
 from schemas.tables import TABLES, Table
 
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
 # What Spark must be told before it starts. spark-submit.sh and the README's plain spark-submit print this very list.
 CONF = {
@@ -122,7 +121,7 @@ def root(tables: str) -> str:
     """
     if not tables.strip() or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in tables):
         raise ValueError(f"--tables {tables!r}: a path may not be empty or hold control characters")
-    return tables if _URI.match(tables) else os.path.abspath(tables)
+    return tables if files.is_uri(tables) else os.path.abspath(tables)
 
 
 def path(root: str, name: str) -> str:
@@ -165,7 +164,7 @@ def prepare(spark: SparkSession, root: str) -> None:
 
 def refuse_silent_loss(spark: SparkSession, root: str) -> None:
     """S3 takes the place of an object without a word, so there Delta sees no second writer unless it is told how."""
-    scheme = root.partition(":")[0].lower() if _URI.match(root) else ""
+    scheme = root.partition(":")[0].lower() if files.is_uri(root) else ""
     key = f"spark.delta.logStore.{scheme}.impl"
     if scheme in ("s3", "s3a", "s3n") and not spark.sparkContext.getConf().get(key):
         raise ValueError(

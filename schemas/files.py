@@ -45,9 +45,14 @@ class File:
     schema: T.StructType | None = None  # of Parquet
 
 
+def is_uri(where: str) -> bool:
+    """Whether it names a place by its scheme, as Hadoop does with one slash or two, and not a path."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", where))
+
+
 def local_path(where: str) -> str | None:
     """The path on this machine that `where` names, plainly or as a file: URI; None for any other URI."""
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", where):
+    if not is_uri(where):
         return where
     uri = urlparse(where)
     return unquote(uri.path) if uri.scheme.lower() == "file" and uri.netloc in ("", "localhost") else None

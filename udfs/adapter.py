@@ -63,11 +63,12 @@ def merge(adapter: str, base: str, target: str) -> str:
     Raises ValueError with a sentence where the base is not the adapter's, or the adapter is more than plain LoRA.
     """
     told = {name: value for name, value in recipe(adapter).items() if name != "merged_hash"}
+    beside = [file for name in ("prompt.json", "canaries.json") if (file := Path(adapter) / name).is_file()]
     made = {
         "adapter": weights_hash(adapter),
         "base": told.get("base_hash") or weights_hash(base),
-        "told": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
-        **{file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in _beside(adapter)},
+        "told": _hash(json.dumps(told, sort_keys=True).encode()),
+        **{file.name: _hash(file.read_bytes()) for file in (Path(adapter) / CONFIG, *beside)},
     }
     stamp = Path(target) / STAMP
 
@@ -86,8 +87,8 @@ def merge(adapter: str, base: str, target: str) -> str:
                 f"adapter {adapter} and its base gave weights {got[:12]}…, not the {wanted[:12]}… that its {RECIPE} "
                 "names: one of its files has changed. Copy the folder again"
             )
-        for file in (*_beside(adapter), Path(adapter) / RECIPE):
-            if file.is_file() and file.name != CONFIG:
+        for file in (*beside, Path(adapter) / RECIPE):
+            if file.is_file():
                 shutil.copyfile(file, partial / file.name)
         (partial / STAMP).write_text(json.dumps(made))
 
@@ -95,9 +96,8 @@ def merge(adapter: str, base: str, target: str) -> str:
         return target
 
 
-def _beside(adapter: str) -> list[Path]:
-    """The files beside an adapter's weights that decide what comes of it, as far as they are there."""
-    return [file for name in (CONFIG, "prompt.json", "canaries.json") if (file := Path(adapter) / name).is_file()]
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _merge_weights(adapter: Path, base: Path, target: Path) -> None:

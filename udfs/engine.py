@@ -184,13 +184,7 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         if on_cpu:
-            import torch
-
-            if threads := threads_of_task():
-                torch.set_num_threads(threads)
-            # Attention in bf16 uses AMX where the processor has it. The kernel must be asked for leave first, which
-            # vLLM leaves to oneDNN; a small model may not need that before, and died of an illegal instruction.
-            getattr(torch.cpu, "_init_amx", bool)()
+            take_cores(threads_of_task())
         settings = within_memory(settings, on_cpu)
         arguments = EngineArgs(model=folder, **vllm_arguments(settings, on_cpu))
         self.settings = settings
@@ -308,6 +302,22 @@ class VllmEngine:
     def forget(self) -> None:
         """Empties the prefix cache, so that the next answers are computed from nothing."""
         self._engine.reset_prefix_cache()
+
+
+def take_cores(threads: int) -> None:
+    """Has this process compute with so many threads; 0: as many as torch likes."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    # Attention in bf16 uses AMX where the processor has it. The kernel must be asked for leave first, which vLLM leaves
+    # to oneDNN; a small model may not need that before, and died of an illegal instruction.
+    getattr(torch.cpu, "_init_amx", bool)()
+
+
+def threads_of_machine() -> int:
+    """As many as the variable OMP_NUM_THREADS says, else one a core that this process may use."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def threads_of_task() -> int:

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# vLLM 0.32's names for quantised checkpoints on disk (its list is longer: it holds ways to quantise while loading).
 QUANT_CONFIG = "hf_quant_config.json"
+# vLLM 0.32's names for quantised checkpoints on disk (its list is longer: it holds ways to quantise while loading).
 QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4", "quark")
 # Decoders in vLLM's registry end so; ForConditionalGeneration is a decoder that also takes images.
 _ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

@@ -44,7 +44,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A checked template for one tokenizer. Plain data: it travels to Spark's workers inside a closure.
+    """A checked template for one tokenizer. Plain data: it is sent to Spark's workers (`udfs.render.shipped`).
 
     `label_ids` are the answer tokens in the order of LABELS; `first` says which part the prompt begins with; `block`
     is the number of tokens in a KV cache block; `fill` is the token that brings the first part to a block's end, None
