@@ -25,8 +25,8 @@ demo: setup java ## the whole pipeline on a made-up catalogue, with a small real
 test: lint java ## style, types and the tests that are quick; some ten minutes
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: lint java ## style, types and all tests
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+test-all: lint java ## style, types and all tests; an hour and more
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 lint: setup ## style and types
 	$(PYTHON) -m ruff check .

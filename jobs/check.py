@@ -30,12 +30,13 @@ from pyspark.sql import functions as F
 
 import demo.catalogue
 from jobs import rescore
+from partitioner import engines
 from schemas import delta
 from schemas.tables import TABLES
 from udfs import adapter, selfcheck
 from udfs.decode import label_probs
 from udfs.engine import EngineSettings, VllmEngine
-from udfs.model import fetched
+from udfs.model import fetched, is_uri
 from udfs.prompt import Prompt, renderer
 from udfs.render import PRODUCT_TEXT, product_text
 from udfs.score import Scoring
@@ -76,10 +77,9 @@ Point = tuple[str, bool, str]  # what, whether it is in the way, what was found 
 
 def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
     """All that a night needs, looked at one by one; and what would score, where that is in order."""
-    points: list[Point] = [("versions", *versions()), ("device", *device())]
-    spark, what = None, None
-    if args.tables:
-        spark = delta.session("check")
+    spark, what = delta.session("check") if args.tables else None, None
+    points: list[Point] = [("versions", *worker(spark, versions)), ("device", *worker(spark, device))]
+    if spark is not None:
         points += [(name, *found) for name, found in tables_of(spark, args.tables)]
     try:
         active = args.model in (None, rescore.ACTIVE)
@@ -95,7 +95,9 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
         )
         points.append(("model", False, told))
         points.append(("prompt", False, f"{what.prompt.prompt_id}, label tokens {what.prompt.label_ids}"))
-        points.append(("memory", *memory(what.model.path)))
+        if not is_uri(what.model.source):  # each worker copies that one
+            path = what.model.path
+            points.append(("memory", *worker(spark, lambda: memory(path))))
         if spark is not None and delta.exists(spark, args.tables, "models"):
             rescore.refuse_foreign_prompt(spark, args.tables, what)
             if active:
@@ -104,6 +106,14 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
     except (ValueError, OSError) as error:
         points.append(("model and prompt", True, str(error)))
     return points, what
+
+
+def worker(spark: SparkSession | None, look: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
+    """What is found where engines would run: on a cluster on one of its executors, else on this machine."""
+    if spark is None or engines.is_local(spark):
+        return look()
+    blocked, told = spark.sparkContext.parallelize([0], 1).map(lambda _: look()).collect()[0]
+    return blocked, f"on an executor: {told}"
 
 
 def versions() -> tuple[bool, str]:
@@ -147,6 +157,8 @@ def device() -> tuple[bool, str]:
 def memory(folder: str) -> tuple[bool, str]:
     """Whether the weights fit into this machine's memory, where there is no GPU."""
     weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    if not weights:
+        return True, f"the model's folder {folder} is not on this machine; copy it there, or give --model a URI"
     free = available()
     told = f"weights {weights / 2**30:,.2f} GiB, {free / 2**30:,.1f} GiB of memory free here"
     if device()[1].startswith("no GPU") and weights * 1.2 > free:
@@ -170,8 +182,8 @@ def tables_of(spark: SparkSession, root: str) -> Iterator[tuple[str, tuple[bool,
     except Exception as error:  # whatever the storage throws
         yield "storage", (True, f"{root}: {str(error).strip().splitlines()[0]}")
         return
-    local = root.removeprefix("file:") if "://" not in root else ""
-    if local:
+    local = Path(root.removeprefix("file:")) if "://" not in root else None
+    if local and local.exists():  # a plain path may be of HDFS
         free = shutil.disk_usage(local).free
         yield "disk", (free < LEAST_DISK, f"{free / 2**30:,.1f} GiB free; at least {LEAST_DISK / 2**30:.0f} is wanted")
     there = [table for table in TABLES.values() if delta.exists(spark, root, table.name)]

@@ -6,7 +6,7 @@ The query sees the tables under their names and returns a column pair_id. A pair
 and prompt: the label that the scores chose (the likeliest one) is put behind the prompt, and the model goes on from it,
 so label and reasoning are of one answer. What it wrote goes to `explanations`; a chain that concludes another label
 than its own is marked (`contradicts`). What is explained already, with the same label and text, is not asked again.
-The query is the operator's own: it is no sandbox, but it can only read.
+The query is the operator's own, with all that Spark's SQL functions can do: it is no sandbox.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ def told(spark: SparkSession, root: str, run: runs.Run, selected: DataFrame) -> 
     counts = run.counts
     lines = [
         f"{JOB}: done · {counts['seen']:,} pairs, {counts.get('sampled', 0):,} explained, "
-        f"{counts.get('skipped', 0):,} were there, {counts.get('refused', 0):,} too long for an answer"
+        f"{counts.get('skipped', 0):,} were there, {counts.get('refused', 0):,} without an answer (too long, or the "
+        "engine died of them)"
     ]
     lines += [f"{JOB}:   {counts[r]:,} not explained: {sentence}" for r, sentence in REASONS.items() if r in counts]
     mine = delta.read(spark, root, "explanations").where(

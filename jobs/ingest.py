@@ -255,20 +255,24 @@ class Intake:
     def gold(self, unique: DataFrame) -> None:
         """Upserts the judgements of this source; a query that gold knows already keeps its split."""
         stored = delta.read(self.spark, self.root, "gold")
-        asked = delta.read(self.spark, self.root, "pairs").select("pair_id", "locale", "query")
-        key = ["locale", "normalised"]
-        labelled = unique.where("label IS NOT NULL")
-        labelled = labelled.select("pair_id", *key, "label", "rater_labels", "gold_weight", "split", "drawn_split")
-        # ESCI splits by query as typed; where one normalised query is in both of its parts, all of it is test.
+        asked = delta.read(self.spark, self.root, "pairs").select("pair_id", "query")
+        names = ("pair_id", "normalised", "label", "rater_labels", "gold_weight", "split", "drawn_split")
+        labelled = unique.where("label IS NOT NULL").select(*names)
+        # ESCI splits by query as typed, in each locale apart; where one normalised query is in both of its parts, all
+        # of it is test: what a training has seen in one market cannot be held out in another.
         test = F.when(F.max(F.col("split") == "test"), "test")
-        given = labelled.groupBy(*key).agg(test.otherwise(F.min("split")).alias("given_split"))
-        kept = stored.join(asked, "pair_id", how="inner").select("locale", "query", "split").distinct()
-        kept = kept.mapInArrow(_normalise, "locale STRING, normalised STRING, split STRING")
-        kept = kept.groupBy(*key).agg(F.min("split").alias("kept_split"))
+        given = labelled.groupBy("normalised").agg(test.otherwise(F.min("split")).alias("given_split"))
+        kept = stored.join(asked, "pair_id", how="inner").select("query", "split").distinct()
+        kept = kept.mapInArrow(_normalise, "normalised STRING, split STRING")
+        kept = kept.groupBy("normalised").agg(F.min("split").alias("kept_split"))
         compared = ("label", "rater_labels", "weight", "split")
         mine = F.when(F.col("source") == self.source, F.struct(*compared))
         own = stored.groupBy("pair_id").agg(F.min("split").alias("own_split"), F.max(mine).alias("old"))
-        rows = labelled.join(given, key, how="left").join(kept, key, how="left").join(own, "pair_id", how="left")
+        rows = (
+            labelled.join(given, "normalised", how="left")
+            .join(kept, "normalised", how="left")
+            .join(own, "pair_id", how="left")
+        )
         rows = rows.withColumn("wanted_split", F.coalesce("given_split", "drawn_split"))
         rows = rows.withColumn("split", F.coalesce("own_split", "kept_split", "wanted_split"))
         rows = rows.withColumn("weight", F.coalesce("gold_weight", "old.weight", F.lit(1.0)))
@@ -337,12 +341,12 @@ def _content_hash() -> Column:
 
 
 def _normalise(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """locale, query, split with the query normalised.
+    """query, split with the query normalised.
 
     Not a plain Python UDF: Spark repeats one in the filter that it infers for a join, and two of them in one stage were
     seen to wait for each other for ever in Spark 4.2.0.
     """
     for batch in batches:
-        locale, query, split = batch.columns
+        query, split = batch.columns
         normalised = pa.array(map(canonical.normalised, query.to_pylist()), pa.string())
-        yield pa.RecordBatch.from_arrays([locale, normalised, split], ["locale", "normalised", "split"])
+        yield pa.RecordBatch.from_arrays([normalised, split], ["normalised", "split"])

@@ -327,10 +327,10 @@ def next_time(text: str) -> datetime:
 
 
 def exit_code(run: runs.Run) -> int:
-    """0 done, 3 where a gate failed, of this run or of one beside it (--also), 5 where it stopped early."""
-    if run.status == "stopped":
-        return STOPPED
-    return 3 if run.counts.get("gates_failed") else 0
+    """0 done, 3 where a gate failed, of this run or of one beside it (--also), else 5 where it stopped early."""
+    if run.counts.get("gates_failed"):
+        return 3
+    return STOPPED if run.status == "stopped" else 0
 
 
 def rescore(
@@ -363,14 +363,14 @@ def rescore(
             # It points at changes whose files may be gone. Without it all pairs are looked at; judged ones are skipped.
             print(f"{JOB}: {checkpoint} rested for more than {delta.KEPT_DAYS} days and is begun anew", flush=True)
             delta.drop(spark, checkpoint)
-        for one in nights if retry_failed else ():
-            one.retry_failed()
         writer = delta.changes(spark, root, "pairs").writeStream.foreachBatch(night.batch)
         writer = writer.option("checkpointLocation", checkpoint)
         writer = writer.trigger(processingTime=every) if every else writer.trigger(availableNow=True)
-        query = writer.start()
-        try:
-            with engines.kept_alive(spark, what.settings.tensor_parallel):
+        with engines.kept_alive(spark, what.settings.tensor_parallel):
+            for one in nights if retry_failed else ():
+                one.retry_failed()
+            query = writer.start()
+            try:
                 while not query.awaitTermination(FOLLOWED_SECONDS):
                     promoted = follow and every and in_force_now(spark, root) != what.regime
                     if (why := night.asked_to_stop()) or promoted:
@@ -382,8 +382,10 @@ def rescore(
                         if why:
                             raise Stopped(why)
                         break
-        finally:
-            query.stop()
+            finally:
+                query.stop()
+            if not every:
+                night.score_left()
         crash("streamed")
     except BaseException as error:
         cause = night.error or error
@@ -423,9 +425,11 @@ def opened_nights(
     spark: SparkSession, root: str, whats: Sequence[Scoring], max_refused: float, deadline: datetime | None
 ) -> list[Night]:
     """Nights whose runs have begun. Raises ValueError for a foreign prompt, and where their like is at work already."""
+    runs.close_lost(spark, root)
     for what in whats:
         adapter.refuse_chain_first(what.model.path)
         refuse_foreign_prompt(spark, root, what)
+        runs.refuse_second(spark, root, JOB, *what.regime)
     nights: list[Night] = []
     try:
         for what in whats:
@@ -498,6 +502,7 @@ class Night(Waves):
         if highest is not None and highest > present:
             named = F.col("pairs_version") > present
             delta.update(self.spark, self.root, "label_probs", named, {"pairs_version": F.lit(0).cast("bigint")})
+            delta.drop(self.spark, f"{self.root}/_checkpoints/{JOB}")  # they point behind the feed's new end
             print(f"{self.run.job}: pairs is at version {present:,}, rows named up to {highest:,}: it was made anew")
 
     def batch(self, changes: DataFrame, batch_id: int) -> None:
@@ -550,6 +555,16 @@ class Night(Waves):
     def score_changed(self, changed: DataFrame, name: str) -> None:
         """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
         self.score(self.pairs().join(changed, "pair_id", how="left_semi"), name, self.judged())
+
+    def score_left(self) -> None:
+        """Scores what the feed ended without: where rows of label_probs are lost, or an older version of a table was
+        put back, its changes do not tell."""
+        left = unjudged(self.pairs(), self.judged())
+        if not left.isEmpty():
+            print(
+                f"{self.run.job}: the feed of changes has ended, and some pairs are not judged as they are", flush=True
+            )
+            self.score(left, "left", self.judged())
 
     def score(self, seen: DataFrame, name: str, judged: DataFrame) -> prefix.Line:
         """Scores those of `seen` (of `pairs`) whose text is not in `judged`, most wanted first; returns their line."""
@@ -655,7 +670,7 @@ class Night(Waves):
         first = self.judged().where(F.col("pair_id").isin(list(again)) & (F.col("outcome") == "scored")).collect()
         both = [(row, again[row["pair_id"]]) for row in first]
         both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"] and b["outcome"] == "scored"]
-        moved = [abs(a[p] - b[p]) for a, b in both for p in P_COLUMNS]
+        moved = [max(abs(a[p] - b[p]) for p in P_COLUMNS) for a, b in both]
         if moved:
             flips = sum(max(P_COLUMNS, key=a.__getitem__) != max(P_COLUMNS, key=b.__getitem__) for a, b in both)
             mean = sum(moved) / len(moved)
@@ -691,8 +706,6 @@ class Night(Waves):
         """What was looked at, as rows of `gates`; also keeps the mix of labels for the next run to compare with."""
         counts, run_id = self.run.counts, self.run.run_id
         scored, refused = counts.get("scored", 0), counts.get("refused", 0)
-        if not scored + refused:
-            return []
         present = delta.read(self.spark, self.root, "pairs").select("pair_id", F.col("content_hash").alias("text"))
         mine = (F.col("run_id") == run_id) & (F.col("outcome") == "scored")
         by_label = (
@@ -703,7 +716,8 @@ class Night(Waves):
         )
         mix = {row["label"]: row["pairs"] for row in by_label if row["label"]}
         shares = {label: mix.get(label, 0) / max(1, sum(mix.values())) for label in LABELS}
-        self._measure(**{f"mix_{label}": shares[label] for label in LABELS})
+        if scored:
+            self._measure(**{f"mix_{label}": shares[label] for label in LABELS})
         same = (F.col("model_id") == self.run.model_id) & (F.col("prompt_id") == self.run.prompt_id)
         enough = (F.col("counts")["scored"] >= MIX_PAIRS) & F.col("figures")["mix_4"].isNotNull()
         before = delta.read(self.spark, self.root, "runs").where(same & enough & (F.col("run_id") != run_id))
@@ -712,16 +726,22 @@ class Night(Waves):
         pairs, old = (sum(row[name] for row in by_label) for name in ("pairs", "old"))
         noise = selfcheck.NOISE.get(self.run.dtype or "", 0.0)
         looked = [
-            ("refused_share", refused / (scored + refused), 0.05, "warn", "of this run's rows have no probabilities"),
+            (
+                "refused_share",
+                refused / max(1, scored + refused),
+                0.05,
+                "warn",
+                "of this run's rows have no label",
+            ),
             ("outside_mass", self.run.p_outside, 0.2, "warn", "mean mass on anything but the four labels"),
             ("mix_shift", shift, 0.2, "warn", "of the likeliest labels moved against the run before"),
-            ("freshness", old / max(1, pairs), 0.0, "warn", "of the pairs are not judged as they are now"),
+            ("freshness", old / max(1, pairs), 0.0, "warn", "of the pairs are not judged as they are now (backfill)"),
             (
                 "canaries",
                 self.run.figures.get("canaries_max_dp"),
                 noise,
-                "fail",
-                "canaries against themselves, max |Δp|",
+                "warn",
+                "canaries against themselves, max |Δp|; the waves in which one was off were dropped and asked again",
             ),
             (
                 "noise",
@@ -729,6 +749,13 @@ class Night(Waves):
                 noise,
                 "fail",
                 "pairs asked again in another order, max |Δp|",
+            ),
+            (
+                "noise_mean",
+                self.run.figures.get("noise_mean_dp"),
+                selfcheck.MEAN_NOISE.get(self.run.dtype or "", 0.0),
+                "fail",
+                "pairs asked again in another order, mean of their max |Δp|",
             ),
         ]
         return [

@@ -319,7 +319,7 @@ def told(spark: SparkSession, root: str, run: runs.Run, chosen: DataFrame) -> li
     counts = run.counts
     head = (
         f"{JOB}: done · run {run.run_id} · {counts.get('seen', 0):,} pairs, {counts.get('skipped', 0):,} were there, "
-        f"{counts.get('sampled', 0):,} sampled, {counts.get('refused', 0):,} too long · "
+        f"{counts.get('sampled', 0):,} sampled, {counts.get('refused', 0):,} too long, or the engine died · "
         f"{run.generated_tokens or 0:,} tokens written"
     )
     if mine.isEmpty():

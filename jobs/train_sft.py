@@ -11,8 +11,10 @@ checkpoint. BASE is demo-base, a folder, or a registered model_id.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -241,33 +243,46 @@ def train(
     run = runs.start(spark, args.tables, job, lesson.parent.model_id, lesson.prompt.prompt_id)
     try:
         Path(how.out).mkdir(parents=True, exist_ok=True)
-        recipe = {
-            "stage": how.stage,
-            "base": lesson.base_name,
-            "base_hash": lesson.base_hash,
-            "parent_id": lesson.parent.model_id,
-            "prompt_id": lesson.prompt.prompt_id,
-            "order": lesson.form.order,
-            "trained_on": sorted({*lesson.trained_on, *sources(spark, args)}),
-            "data_hash": land(how, data, parent=lesson.parent.weights_hash, base=lesson.base_hash),
-            "settings": how.recipe(),
-        }
-        figures = launch(how, args.processes, not engines.is_local(spark), **more)
-        shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
-        recipe |= {"metrics": figures}
-        leave(how, lesson.base_name, lesson.base)
-        adapter.write_recipe(how.out, recipe)  # merging reads it
-        made = inspect(rescore.whole_folder(how.out))
-        adapter.write_recipe(how.out, recipe | {"merged_hash": made.weights_hash})
-        print(f"{job}: its log as charts: {draw(how.out)}")
-        rows = delta.rows(spark, "models", [model_row(made, how.out, recipe)])
-        delta.upsert(spark, args.tables, "models", rows)
+        with alone_in(how.out):
+            recipe = {
+                "stage": how.stage,
+                "base": lesson.base_name,
+                "base_hash": lesson.base_hash,
+                "parent_id": lesson.parent.model_id,
+                "prompt_id": lesson.prompt.prompt_id,
+                "order": lesson.form.order,
+                "trained_on": sorted({*lesson.trained_on, *sources(spark, args)}),
+                "data_hash": land(how, data, parent=lesson.parent.weights_hash, base=lesson.base_hash),
+                "settings": how.recipe(),
+            }
+            figures = launch(how, args.processes, not engines.is_local(spark), **more)
+            shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
+            recipe |= {"metrics": figures}
+            leave(how, lesson.base_name, lesson.base)
+            adapter.write_recipe(how.out, recipe)  # merging reads it
+            made = inspect(rescore.whole_folder(how.out))
+            adapter.write_recipe(how.out, recipe | {"merged_hash": made.weights_hash})
+            print(f"{job}: its log as charts: {draw(how.out)}")
+            rows = delta.rows(spark, "models", [model_row(made, how.out, recipe)])
+            delta.upsert(spark, args.tables, "models", rows)
     except BaseException as error:
         runs.fail(spark, args.tables, run, error)
         raise
     runs.finish(spark, args.tables, replace(run, counts={"trained": len(data)}), "done")
     print(f"{job}: made model {made.model_id}; score with it: rescore --tables {args.tables} --model {how.out}")
     return made.model_id
+
+
+@contextmanager
+def alone_in(out: str) -> Iterator[None]:
+    """Holds a training's folder. Raises ValueError where another training is at work in it: each would go on from the
+    other's checkpoints."""
+    with open(Path(out) / "training.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise runs.Unmet(f"--out {out}: another training is at work there; wait for it, or name another") from None
+        yield
 
 
 def sources(spark: SparkSession, args: argparse.Namespace) -> list[str]:

@@ -46,7 +46,7 @@ POOL = 100_000  # judged pairs that neighbours are looked for among; TF-IDF of s
 
 
 def main(argv: list[str]) -> int:
-    """Runs the job; returns 0."""
+    """Runs the job; returns 0, or 3 where nothing of a file could be read."""
     # In full only: `--teacher MODEL` would be taken for --teacher-prompt.
     parser = argparse.ArgumentParser(
         prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
@@ -73,8 +73,8 @@ def main(argv: list[str]) -> int:
         files.refuse_wrong_path("--chains", args.chains)
         spark = delta.session(JOB)
         delta.prepare(spark, args.tables)
-        from_file(spark, args.tables, args.chains, args.source)
-        return 0
+        counts = from_file(spark, args.tables, args.chains, args.source).counts
+        return 3 if counts["refused_files"] and not counts["read"] else 0
     spark, teaches = opened(args, JOB, teaching)
     if args.again and not teaches[2].temperature:
         print(
@@ -173,7 +173,9 @@ class Chains:
         write(self.spark, self.root, judged, FILE, self.run.run_id, self.now)
         quarantined = rows.refused + rows.refused_files + (torn.count() if torn is not None else 0)
         brought, used = good.count(), judged.count()
-        self.counts.update(read=rows.read, quarantined=quarantined, not_train=brought - used)
+        self.counts.update(
+            read=rows.read, refused_files=rows.refused_files, quarantined=quarantined, not_train=brought - used
+        )
         self.told.append(
             f"{JOB}: {rows.read:,} rows read · {used:,} of judged train pairs, {brought - used:,} left out (held out, "
             f"or not judged) · quarantined: {quarantined:,}"
@@ -263,14 +265,19 @@ class Lesson(Waves):
         """Merges the wave into `chains`: of a pair the first right chain, or else the first."""
         right = F.filter("samples", lambda one: one["finished"] & one["conclusion"].eqNullSafe(F.col("label")))
         best = F.coalesce(F.get(right, F.lit(0)), F.get("samples", F.lit(0)))
-        one = answered.withColumn("best", best).select(
-            "pair_id",
-            "label",
-            "content_hash",
-            F.col("label").alias("written_for"),
-            F.coalesce("best.chain", F.lit("")).alias("chain"),
-            F.col("best.finished").alias("finished"),
-            F.col("best.conclusion").alias("concluded"),
+        # One that the engine died of has no chain to keep or drop: it is asked again at the next start.
+        one = (
+            answered.where(F.col("outcome") != "engine_failed")
+            .withColumn("best", best)
+            .select(
+                "pair_id",
+                "label",
+                "content_hash",
+                F.col("label").alias("written_for"),
+                F.coalesce("best.chain", F.lit("")).alias("chain"),
+                F.col("best.finished").alias("finished"),
+                F.col("best.conclusion").alias("concluded"),
+            )
         )
         judged = one.withColumn("reason", F.when(F.col("finished").isNull(), "too_long").otherwise(why_not()))
         now = F.lit(datetime.now(UTC))

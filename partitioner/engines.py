@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
@@ -65,8 +67,13 @@ def count(spark: SparkSession, tensor_parallel: int) -> int:
             "Spark would start and end executors as it sees fit, and each new one loads the engine; start with "
             "--conf spark.dynamicAllocation.enabled=false and say how many there are (YARN: --num-executors N)"
         )
-    executors = max(1, len(_cores(spark)))
-    gpus = gpus_per_executor(spark)
+    cores, gpus = _cores(spark), gpus_per_executor(spark)
+    executors = max(1, len(cores))
+    if not gpus and cores and 2 * min(cores) <= max(cores):
+        raise ValueError(
+            f"the executors have {min(cores)} to {max(cores)} cores, and one scoring task takes those of the smallest: "
+            f"start with --conf spark.executor.cores={min(cores)}, so that the large machines hold several"
+        )
     if gpus not in (0, tensor_parallel):
         raise ValueError(
             f"--tensor-parallel {tensor_parallel} asks for {'more' if gpus < tensor_parallel else 'fewer'} GPUs than "
@@ -76,12 +83,12 @@ def count(spark: SparkSession, tensor_parallel: int) -> int:
 
 
 def profile(spark: SparkSession, tensor_parallel: int) -> ResourceProfile | None:
-    """What a scoring task asks for: its GPUs, or without any all cores of its executor; None in local mode."""
+    """What a scoring task asks for: its GPUs, or without any all cores of an executor; None in local mode."""
     if is_local(spark):
         return None
     if gpus_per_executor(spark):
         return _profile(str(spark.sparkContext.applicationId), 1, tensor_parallel)
-    return _profile(str(spark.sparkContext.applicationId), max(_cores(spark), default=1), 0)
+    return _profile(str(spark.sparkContext.applicationId), min(_cores(spark), default=1), 0)
 
 
 @cache
@@ -181,7 +188,8 @@ def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
 
 def end(spark: SparkSession, tensor_parallel: int = 1) -> None:
     """Ends the engines' workers, and with them their engines; the next scoring task meets a fresh worker."""
-    each(spark, tensor_parallel, _ended)
+    with suppress(PySparkException, Py4JError):  # where a task has one try (local[*]), that one ended its worker too
+        each(spark, tensor_parallel, _ended)
 
 
 def _ended(batches: Batches) -> Batches:

@@ -171,6 +171,16 @@ class Line:
         rows = rows if riders is None else rows.unionByName(riders)
         return rows.repartitionById(count, "shard").sortWithinPartitions("part", "position")
 
+    def behind(self, at: int) -> tuple[int, int, int]:
+        """prompt_tokens, trie_nodes and block_floor of the rows whose cut point lies at or behind `at`, all waves'
+        seams left out of account: a few tokens a part too many."""
+        behind = F.lit(False)
+        for part, start in self.starts.items():
+            behind = behind | ((F.col("part") == part) & (F.col("anchor") >= at - start))
+        sums = (F.sum(F.size("ids")), F.sum("new_nodes"), F.sum("new_in_blocks"))
+        tokens, nodes, in_blocks = (value or 0 for value in self.rows.where(behind).agg(*sums).collect()[0])
+        return tokens, min(nodes, self.trie_nodes), min(in_blocks, self.block_floor)
+
     def pieces(self, stretches: Mapping[int, Stretch]) -> DataFrame:
         """The rows of some stretches, each a partition of its own; column `shard` is the stretch's number."""
         inside = [

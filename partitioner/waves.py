@@ -97,6 +97,7 @@ class Waves(ABC):
         self._told = time.monotonic()  # when the run's row was last written
         self._allowed_refused = self.max_refused
         self._poison: list[str] = []  # pairs on which an engine died in this run
+        self._gave_up: str | None = None  # why the run ends behind the wave at work
 
     @abstractmethod
     def ask(self, rows: DataFrame) -> DataFrame:
@@ -179,8 +180,10 @@ class Waves(ABC):
             self._rate = metrics.get("tokens_per_second", 0.0)
             self.known = [Canary(**canary) for canary in json.loads(config.get(f"canaries {about}", "[]"))]
             return
-        fitting = line.rows.where(F.size("ids") < what.settings.max_model_len).select("ids").limit(CHECKED_PROMPTS)
-        sample = [list(r["ids"]) for r in fitting.collect()]
+        # From all over the line: its first prompts are of one product, which may be the one that kills engines.
+        fitting = line.rows.where(F.size("ids") < what.settings.max_model_len)
+        chosen = fitting.orderBy(F.xxhash64("ids")).select("ids").limit(CHECKED_PROMPTS)
+        sample = [list(r["ids"]) for r in chosen.collect()]
         if not sample:
             self._register({}, {})  # and the next batch checks
             return
@@ -198,17 +201,22 @@ class Waves(ABC):
         if not sample:  # the engine died on the few there are
             self._register({}, {})
             return
-        allowed = selfcheck.NOISE[found["dtype"]]
+        allowed, of_mean = selfcheck.NOISE[found["dtype"]], selfcheck.MEAN_NOISE[found["dtype"]]
         print(
             f"{self.run.job}: first use of model {what.model.model_id}: the engine agrees with itself within "
-            f"{found['self_check_dp']:.1e} in {found['dtype']} (allowed {allowed:.0e})",
+            f"{found['self_check_dp']:.1e} in {found['dtype']} (allowed {allowed:.0e}), in the mean within "
+            f"{found['mean_dp']:.1e} ({of_mean:.0e})",
             flush=True,
         )
-        for difference, than in ((found["self_check_dp"], "itself"), (found["canaries_dp"], "its canaries.json")):
-            if difference is not None and not difference <= allowed:
+        for difference, limit, than in (
+            (found["self_check_dp"], allowed, "itself"),
+            (found["mean_dp"], of_mean, "itself in the mean"),
+            (found["canaries_dp"], allowed, "its canaries.json"),
+        ):
+            if difference is not None and not difference <= limit:
                 raise RuntimeError(
                     f"the engine ({found['engine_version']}, {found['dtype']}) does not agree with {than}: |Δp| is "
-                    f"{difference:.2e}, allowed {allowed:.0e}. Nothing was written. Try --dtype float32, another "
+                    f"{difference:.2e}, allowed {limit:.0e}. Nothing was written. Try --dtype float32, another "
                     "version of vllm, or look at the model with: check --parity --model " + what.model.path
                 )
         self._rate = found["tokens_per_second"]
@@ -247,8 +255,13 @@ class Waves(ABC):
                         self._merging = (wave_id, figures, merger.submit(self._merge, answered, wave_id))
                         done += int(figures["rows"])
                     at, wave = end, wave + 1
+                    if self._gave_up:
+                        raise GaveUp(self._gave_up)
                     seconds = time.monotonic() - began
                     print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
+            except (Stopped, GaveUp, TooManyRefused):
+                self._not_reached(line, at)
+                raise
             finally:
                 self._settle()
         if done != line.prompts:
@@ -262,7 +275,7 @@ class Waves(ABC):
         A wave in which a canary is off, or which is mostly no answers, is dropped and asked once more, of engines that
         are loaded anew; raises GaveUp where that does not help.
         """
-        riders = self._riders(line, end - begin, shards)
+        riders, asked_beside = self._riders(line, end - begin, shards), 0
         for again in (False, True):
             landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-again" if again else wave_id)
             with self.timed("scoring"), engines.own_workers(self.spark):
@@ -271,11 +284,13 @@ class Waves(ABC):
             answered = self.spark.read.parquet(files.literal(landed))
             wrong = None
             if riders is not None:
-                wrong = self._off(answered.where("pair_id IS NULL"))
+                wrong, asked_beside = self._off(answered.where("pair_id IS NULL"))
                 answered = answered.where("pair_id IS NOT NULL")
             if wrong is None:
                 answered = self.without_poison(line, answered, wave_id)
                 figures = self._figures(answered)
+                if asked_beside:
+                    figures["computed"] = (figures["computed"] or 0) + asked_beside
                 if figures["not_finite"] > max(3, NOT_FINITE_SHARE * figures["rows"]):
                     wrong = f"{figures['not_finite']:,} of {figures['rows']:,} answers are not numbers"
             if wrong is None:
@@ -287,6 +302,7 @@ class Waves(ABC):
                     + self.what.model.path
                 )
             print(f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines", flush=True)
+            self._count(waves_dropped=1)
             engines.end(self.spark, self.what.settings.tensor_parallel)
         crash("checked")
         if figures["seconds"]:
@@ -316,17 +332,25 @@ class Waves(ABC):
         others = [F.lit(None).cast(f.dataType).alias(f.name) for f in line.rows.schema if f.name not in there]
         return riders.select("*", *others)
 
-    def _off(self, riders: DataFrame) -> str | None:
-        """A sentence where an engine answered a canary otherwise than when it was alone; None where all is well."""
-        worst = 0.0
-        for row in riders.where("outcome <> 'engine_failed'").select("position", "dtype", *P_COLUMNS).collect():
+    def _off(self, riders: DataFrame) -> tuple[str | None, int]:
+        """A sentence where an engine answered a canary otherwise than when it was alone, None where all is well; and
+        the tokens that the canaries cost."""
+        wrong, worst, computed = None, self.run.figures.get("canaries_max_dp", 0.0), 0
+        answered = riders.where("outcome <> 'engine_failed'")
+        for row in answered.select("position", "dtype", "prompt_tokens", "cached_tokens", *P_COLUMNS).collect():
             got, known = [row[p] for p in P_COLUMNS], self.known[row["position"]].p
-            worst = max(worst, selfcheck.largest_difference([[float("nan") if p is None else p for p in got]], [known]))
-            if not worst <= selfcheck.NOISE[row["dtype"]]:
-                return f"a canary's probabilities are off by {worst:.2e} (allowed {selfcheck.NOISE[row['dtype']]:.0e})"
-        old = self.run.figures.get("canaries_max_dp", 0.0)
-        self._measure(canaries_max_dp=max(old, worst))
-        return None
+            off = selfcheck.largest_difference([[float("nan") if p is None else p for p in got]], [known])
+            off = min(off, 1.0)  # no answer is as far off as can be
+            worst, computed = max(worst, off), computed + row["prompt_tokens"] - (row["cached_tokens"] or 0)
+            if not off <= (allowed := selfcheck.NOISE[row["dtype"]]):
+                wrong = f"a canary's probabilities are off by {off:.2e} (allowed {allowed:.0e})"
+        self._measure(canaries_max_dp=worst)
+        return wrong, computed
+
+    def _not_reached(self, line: prefix.Line, at: int) -> None:
+        """Takes what a run that ends early has not asked for out of the tokens that it planned."""
+        tokens, nodes, in_blocks = line.behind(at)
+        self._add(prompt_tokens=-tokens, trie_nodes=-nodes, block_floor=-in_blocks)
 
     def _merge(self, answered: DataFrame, wave_id: str) -> None:
         with self.timed("commit"):
@@ -358,8 +382,9 @@ class Waves(ABC):
         A worker that dies takes its shard's answers along, and Spark's next try of the task answers all of it with
         `engine_failed` and keeps a fresh engine. Here such shards are cut in halves, each a task of its own, until a
         half lives or is one prompt; that one is asked twice. So a poisonous prompt costs about log2(rows) engines, a
-        death by chance two tasks, and a prompt that kills in company only is scored. Raises GaveUp where more dies than
-        a few prompts can explain.
+        death by chance two tasks, and a prompt that kills in company only is scored. Few shards are searched at a time,
+        so that prompts are found early: where more dies than a few prompts can explain, those that were found and all
+        that lives are this wave, and the run gives up behind it; the next start has so much less before it.
         """
         if "shard" not in answered.columns or "outcome" not in answered.columns:
             return answered
@@ -370,9 +395,12 @@ class Waves(ABC):
         allowed = POISONS * (max(1, math.ceil(math.log2(answered.count()))) + 1)
         deaths, level = len(suspects), 0
         answered = answered.where(~died)
-        while suspects:
+        while suspects and not self._gave_up:
+            if why := self.asked_to_stop():
+                raise Stopped(f"{why}, while the prompt was looked for that engines die of")
             print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
-            pieces = dict(enumerate(half for stretch in suspects for half in prefix.halves(stretch)))
+            now, later = suspects[: max(1, POISONS // 2)], suspects[max(1, POISONS // 2) :]
+            pieces = dict(enumerate(half for stretch in now for half in prefix.halves(stretch)))
             landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
             # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
             at_once = 1 if engines.is_local(self.spark) else len(pieces)
@@ -387,13 +415,14 @@ class Waves(ABC):
             alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
             answered = answered.unionByName(asked.where(~died | F.col("shard").isin(alone)))
             self._poison += [row["pair_id"] for row in asked.where(died & F.col("shard").isin(alone)).collect()]
-            suspects = [stretch for number, stretch in dead.items() if number not in alone]
+            suspects = [stretch for number, stretch in dead.items() if number not in alone] + later
             deaths, level = deaths + len(dead) + len(alone), level + 1
-            if deaths > allowed:
-                raise GaveUp(
-                    f"gave up: engines died {deaths} times in one wave, more than {POISONS} bad pairs explain. Nothing "
-                    "of this wave was written, earlier waves are kept. The executors' logs say what the engine died "
-                    "of; often it is memory (--max-num-seqs, --max-num-batched-tokens, --kv-cache-gib)."
+            if suspects and deaths > allowed:
+                self._gave_up = (
+                    f"gave up: engines died {deaths} times in one wave, more than {POISONS} bad pairs explain. What "
+                    "was scored and found bad is written; the next start goes on with the rest. The executors' logs "
+                    "say what the engine died of; often it is memory (--max-num-seqs, --max-num-batched-tokens, "
+                    "--kv-cache-gib)."
                 )
         self._count(engine_deaths=deaths)
         return answered
@@ -448,12 +477,14 @@ class Waves(ABC):
     def _split(self) -> None:
         """Wall time by what it went to, into the run's figures. seconds_scoring is all the time that engines were
         asked; of it, a mean engine was loading (startup), at work (engine), or waiting (idle). commit_waited is the
-        part of commit that did not overlap with scoring."""
+        part of commit that did not overlap with scoring. other: the driver's own time between these, engines idle."""
         busy = (self.run.engine_seconds or 0.0) / max(1, engines.count(self.spark, self.what.settings.tensor_parallel))
         idle = max(0.0, self.seconds["scoring"] - self.seconds["startup"] - busy)
         # A time that is read back is this machine's, without a zone.
         total = (datetime.now(UTC) - self.run.started_at.astimezone(UTC)).total_seconds()
-        told = {**self.seconds, "engine": busy, "idle": idle, "total": total}
+        waited = ("planning", "loading_waited", "check", "scoring", "commit_waited")
+        other = total - sum(self.seconds.get(name, 0.0) for name in waited)
+        told = {**self.seconds, "engine": busy, "idle": idle, "other": other, "total": total}
         self._measure(**{f"seconds_{k}": v for k, v in told.items()})
         if self.run.engine_seconds:
             self._measure(tokens_per_second=self._work / self.run.engine_seconds)

@@ -121,7 +121,7 @@ def root(tables: str) -> str:
     """
     if not tables.strip() or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in tables):
         raise ValueError(f"--tables {tables!r}: a path may not be empty or hold control characters")
-    return tables if files.is_uri(tables) else os.path.abspath(tables)
+    return tables.rstrip("/") if files.is_uri(tables) else os.path.abspath(tables)
 
 
 def path(root: str, name: str) -> str:

@@ -155,6 +155,9 @@ def close_lost(spark: SparkSession, root: str) -> list[str]:
     for name in leases.keys() - {row["run_id"] for row in running}:
         if not leases[name].held():  # killed between its lease and its row
             leases[name].give_up()
+    for name in delta.inside(spark, f"{root.rstrip('/')}/_scratch"):
+        if not _lease(spark, root, name).held():  # killed between its end and its clearing up
+            delta.drop_scratch(spark, root, name)
     return [row["run_id"] for row in lost]
 
 

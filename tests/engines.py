@@ -180,15 +180,20 @@ class PoisonedEngine(FakeEngine):
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
     ) -> Iterator[Answer]:
-        def tasted() -> Iterator[Sequence[int] | None]:
-            for prompt in prompts:
-                if prompt is not None and tuple(prompt) in self.poison:
-                    with open(self.folder / "deaths", "a") as deaths:
-                        deaths.write(f"{os.getpid()}\n")
-                    os._exit(70)
-                yield prompt
+        yield from super().answers(self.tasted(prompts), label_ids, ahead)
 
-        yield from super().answers(tasted(), label_ids, ahead)
+    def samples(
+        self, prompts: Iterator[Sequence[int] | None], sampling: Sampling, ahead: int | None = None
+    ) -> Iterator[Samples]:
+        yield from super().samples(self.tasted(prompts), sampling, ahead)
+
+    def tasted(self, prompts: Iterator[Sequence[int] | None]) -> Iterator[Sequence[int] | None]:
+        for prompt in prompts:
+            if prompt is not None and tuple(prompt) in self.poison:
+                with open(self.folder / "deaths", "a") as deaths:
+                    deaths.write(f"{os.getpid()}\n")
+                os._exit(70)
+            yield prompt
 
 
 def load_poisoned(settings: EngineSettings) -> Engine:

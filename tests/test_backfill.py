@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from jobs import rescore as job
 from jobs.backfill import Chosen, backfill, condition, shifts
@@ -144,6 +145,13 @@ def test_the_deadline_ends_it_after_a_wave_and_the_next_run_goes_on(
     assert job.exit_code(run) == 5
     again = backfill(spark, root, scoring())
     assert (again.counts["skipped"], again.counts["scored"]) == (kept, 96 - kept)
+    # Each run's tokens are of the pairs that it asked.
+    for one in (run, again):
+        rows = probs(spark, root).where(F.col("run_id") == one.run_id)
+        assert one.prompt_tokens == rows.agg(F.sum("prompt_tokens")).collect()[0][0]
+        assert one.block_floor
+        assert one.computed_tokens
+        assert 0.8 < one.computed_tokens / one.block_floor < 1.1
 
 
 @pytest.mark.slow

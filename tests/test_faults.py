@@ -187,6 +187,45 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
 
 
 @pytest.mark.slow
+def test_where_more_pairs_kill_engines_than_a_run_looks_for_each_start_has_fewer_before_it(
+    spark: SparkSession, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product's text kills: all its pairs, and the check of first use must get around it."""
+    kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, f"Boils {i} cups.") for i in range(3)]
+    queries = [f"kettle {i}" for i in range(8)]
+    put(spark, root, kettles, queries)
+    what = poisoned(tmp_path / "engine", kettles, [(0, query) for query in queries])
+    monkeypatch.setattr(waves, "POISONS", 2)
+    monkeypatch.setattr(waves, "CHECKED_PROMPTS", 4)
+    found, run = [0], None
+    while run is None:
+        try:
+            run = rescore(spark, root, what)
+        except delta.GaveUp:
+            found.append(probs(spark, root).where("outcome = 'engine_failed'").count())
+            assert found[-1] > found[-2]
+            assert not invariants.audit(root)
+    assert len(found) > 1
+    rows = {(r["product_id"], r["outcome"]) for r in probs(spark, root).collect()}
+    assert rows == {("k0", "engine_failed"), ("k1", "scored"), ("k2", "scored")}
+    assert not invariants.audit(root, MODEL) + invariants.left(root)
+
+
+@pytest.mark.slow
+def test_rows_that_are_lost_behind_the_feed_of_changes_are_scored_again(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(spark, root, PRODUCTS)
+    rescore(spark, root, scoring())
+    lost = probs(spark, root).where("product_id = 'k1'").select("pair_id").localCheckpoint()
+    delta.delete(spark, root, "label_probs", lost, ("pair_id",))
+    run = rescore(spark, root, scoring())
+    assert run.counts["scored"] == 4
+    assert "the feed of changes has ended, and some pairs are not judged as they are" in capsys.readouterr().out
+    assert not invariants.audit(root, MODEL)
+
+
+@pytest.mark.slow
 def test_an_engine_that_runs_out_of_memory_comes_back_with_smaller_steps(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
     run = rescore(spark, root, replace(scoring(), load_engine=load_hungry))
@@ -252,7 +291,8 @@ def test_a_wave_in_which_a_canary_is_off_is_dropped_and_asked_again_of_a_fresh_e
         assert not invariants.table(root, "label_probs")
         return
     run = rescore(spark, root, what)
-    assert (run.status, run.counts["scored"], run.figures["canaries_max_dp"]) == ("done", 120, 0.0)
+    assert (run.status, run.counts["scored"], run.counts["waves_dropped"]) == ("done", 120, 1)
+    assert run.figures["canaries_max_dp"] > 0.01
     render = Renderer(what.prompt)
     for row in invariants.table(root, "label_probs"):
         title = f"Steel kettle {row['product_id'][1:]}"
@@ -262,7 +302,7 @@ def test_a_wave_in_which_a_canary_is_off_is_dropped_and_asked_again_of_a_fresh_e
         assert row["p_outside"] == pytest.approx(0.1)
         assert [row[p] for p in P_COLUMNS] == pytest.approx([math.exp(x) / 0.9 for x in logprobs(ids)], abs=1e-9)
     gates = {(r["name"], r["level"]) for r in invariants.table(root, "gates")}
-    assert ("canaries", "ok") in gates
+    assert {("canaries", "warn"), ("noise", "ok"), ("freshness", "ok")} <= gates
 
 
 @pytest.mark.slow
@@ -320,21 +360,21 @@ OF_A_WAVE = ("landed", "checked", "merged", "told")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("name", ["rescore", "backfill"])
 def test_a_process_killed_at_each_step_leaves_what_the_next_one_makes_whole(
-    spark: SparkSession, root: str, tmp_path: Path, name: str, at: int
+    spark: SparkSession, root: str, tmp_path: Path, name: str
 ) -> None:
     """Each process finds what the one killed before it left, and is killed one step further.
 
-    A step that comes once a run comes a second time in the run after the killed one, which is killed there too.
+    Each step is met twice: one of a wave in the first wave and in the second, one that comes once a run also in the
+    run after the killed one, which is killed there too.
     """
     products: list[Any] = PRODUCTS
     put(spark, root, products)
     steps = [point for point in crash.POINTS if name == "rescore" or point not in OF_A_STREAM]
-    kills = [f"{p}:1" if p in ONCE_A_RUN else f"{p}:{at}" for p in steps for _ in range(at if p in ONCE_A_RUN else 1)]
+    kills = [f"{step}:{1 if step in ONCE_A_RUN else time}" for step in steps for time in (1, 2)]
     for n, where in enumerate(kills):
-        if where in ("told:1", "batch:1") or (at == 2 and where.removesuffix(":2") in OF_A_WAVE):
+        if where in ("told:1", "batch:1") or where.removesuffix(":2") in OF_A_WAVE:
             products = [(key, f"{title} {n}", *rest) for key, title, *rest in PRODUCTS]
             put(spark, root, products)  # else all may be merged by now
         killed = night(root, name, TAOSR1_CRASH=where)
@@ -350,7 +390,7 @@ def test_a_process_killed_at_each_step_leaves_what_the_next_one_makes_whole(
     assert invariants.final(root) == invariants.final(undisturbed)
     *before, last = [row["status"] for row in sorted(invariants.table(root, "runs"), key=lambda r: r["started_at"])]
     assert (last, set(before)) == ("done", {"lost", "done"})
-    assert before.count("done") <= at  # killed behind its last commit
+    assert before.count("done") <= 2  # killed behind its last commit
 
 
 def night(root: str, name: str, *more: str, **environment: str) -> subprocess.CompletedProcess[bytes]:

@@ -708,6 +708,7 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
         esci_example(5, "laptop", "B404", "E"),
         esci_example(6, "laptop", "B1", "X"),
         esci_example(7, "laptop", "B4", "E"),
+        esci_example(8, "usb hub", "B1", "S") | {"product_locale": "jp"},  # what is held out in one market is in all
     ]
     products = [
         esci_product(
@@ -717,6 +718,7 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
         esci_product("B3", "Bag"),
         esci_product("B4", None),
         esci_product("B5", "asked for by nobody"),
+        esci_product("B1", "ハブ") | {"product_locale": "jp"},
     ]
     folder = esci_files(tmp_path / "esci", examples, products)
     assert take("--pairs", folder, "--format", "esci") == 0
@@ -724,6 +726,7 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
     gold = {r["pair_id"]: r for r in stored(spark, root, "gold").values()}
     assert {k[0]: gold[r["pair_id"]]["label"] for k, r in rows.items() if k[1] != "tv"} == {"B1": 4, "B2": 3, "B3": 1}
     assert gold[rows["B1", "tv"]["pair_id"]]["label"] == 2
+    assert {r["split"] for r in gold.values() if r["label"] == 3} == {"test"}  # of B2, and of jp
     assert {r["source"] for r in gold.values()} == {"esci"}
     hub = rows["B1", "usb hub"]
     assert (hub["title"], hub["brand"], hub["locale"]) == ("Hub", "Acme", "us")
@@ -738,7 +741,7 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
         (name, 6): "label: 'X' is none of E, S, C, I",
         (name, 7): "missing: title",
     }
-    assert counts(spark, root)["read"] == 7
+    assert counts(spark, root)["read"] == 8
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from jobs import sample
 from partitioner import waves
 from schemas import delta
 from tests.engines import answer_form, logprobs, written
+from tests.test_faults import poisoned
 from tests.test_rescore import PRODUCTS, QUERIES, put, scoring
 from udfs import adapter
 from udfs.answer import conclusion
@@ -44,6 +45,19 @@ def judge(
         F.current_timestamp().alias("judged_at"),
     )
     delta.upsert(spark, root, "gold", rows.localCheckpoint())
+
+
+@pytest.mark.slow
+def test_a_pair_that_kills_the_engine_is_left_out_and_all_others_are_sampled(
+    spark: SparkSession, root: str, tmp_path: Path
+) -> None:
+    put(spark, root, PRODUCTS)
+    judge(spark, root)
+    run = sample.sample(spark, root, poisoned(tmp_path / "engine", PRODUCTS, [(1, QUERIES[0])]), FORM, ASKED)
+    assert (run.status, run.counts["sampled"], run.counts["refused"]) == ("done", 8, 1)
+    rows = samples(spark, root)
+    assert len(rows) == 8 * 6
+    assert (PRODUCTS[1][0], QUERIES[0]) not in {(r["product_id"], r["query"]) for r in rows}
 
 
 def samples(spark: SparkSession, root: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ _ANSWER = pa.schema(
     [
         pa.field("samples", pa.list_(_SAMPLE)),
         pa.field("answer_tokens", pa.int32()),
-        pa.field("outcome", pa.string()),  # sampled or too_long
+        pa.field("outcome", pa.string()),  # sampled, too_long or engine_failed
     ]
 )
 Sampled = tuple[list[dict[str, object]], str]
@@ -68,7 +68,9 @@ def sampler(
         return [[samples for samples, _ in answers], list(tokens), [outcome for _, outcome in answers]]
 
     too_long: Sampled = ([], "too_long")
-    return answerer(settings, Question(ask, sampling.max_tokens, too_long, columns, _ANSWER), load_engine)
+    failed: Sampled = ([], "engine_failed")
+    question = Question(ask, sampling.max_tokens, too_long, columns, _ANSWER, failed)
+    return answerer(settings, question, load_engine)
 
 
 def questioner(form: Form, schema: pa.Schema) -> Callable[[Batches], Batches]:

@@ -127,9 +127,14 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     import torch
     from pyspark.ml.torch.distributor import TorchDistributor
 
-    distributor = TorchDistributor(
-        processes, local_mode=not on_cluster, use_gpu=on_cluster or torch.cuda.is_available()
-    )
+    if on_cluster:
+        from pyspark import SparkContext
+
+        running: Any = SparkContext._active_spark_context
+        use_gpu = int(running.getConf().get("spark.task.resource.gpu.amount", "0")) > 0
+    else:
+        use_gpu = torch.cuda.is_available()
+    distributor = TorchDistributor(processes, local_mode=not on_cluster, use_gpu=use_gpu)
     return distributor.run(stage, settings, **more) or {}
 
 
@@ -694,9 +699,11 @@ def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
     trainer.remove_callback(PrinterCallback)
     if not settings.full:
         _load_policy_too(trainer)
-    if (last := _last_checkpoint(settings)) and trainer.is_world_process_zero():
-        print(f"train_{settings.stage}: goes on from {os.path.basename(last)}", flush=True)
-        _cut_log(settings, _step(last))
+    last = _last_checkpoint(settings)
+    if trainer.is_world_process_zero():
+        if last:
+            print(f"train_{settings.stage}: goes on from {os.path.basename(last)}", flush=True)
+        _cut_log(settings, _step(last) if last else 0)
     if last and _bound_reached(settings, last):
         from transformers.trainer_callback import TrainerState
 
@@ -736,7 +743,7 @@ def _bound_reached(settings: TrainSettings, checkpoint: str) -> bool:
 
 
 def _cut_log(settings: TrainSettings, step: int) -> None:
-    """Takes out what was logged after the checkpoint: those steps are taken once more."""
+    """Takes out what was logged after the checkpoint (0: there is none): those steps are taken once more."""
     log = Path(settings.out) / LOG
     if log.exists():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
