@@ -36,6 +36,20 @@ def test_an_engine_gets_the_threads_that_were_named_and_not_the_one_of_a_task(
     assert told(spark) == (1, "")
 
 
+def test_executors_of_unlike_cores_are_used_all_or_refused(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "is_local", lambda _: False)
+    monkeypatch.setattr(engines, "_cores", lambda _: [8, 6])
+    assert engines.count(spark, 1) == 2
+    profile = engines.profile(spark, 1)
+    assert profile is not None
+    assert profile.taskResources["cpus"].amount == 6
+    monkeypatch.setattr(engines, "_cores", lambda _: [8, 4])
+    with pytest.raises(ValueError, match=r"--conf spark\.executor\.cores=4"):
+        engines.count(spark, 1)
+
+
 def test_only_the_thread_that_asks_for_an_engines_workers_gets_them(spark: SparkSession) -> None:
     inside, done = threading.Event(), threading.Event()
 

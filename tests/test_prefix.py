@@ -88,6 +88,13 @@ def test_every_prompt_is_in_exactly_one_wave_and_shard(spark: SparkSession, wave
         for row in line.shards(begin, end, shards).select("pair").collect()
     ]
     assert sorted(found) == list(range(40))
+    # What a run that ends before a wave has not asked for: all that the waves before it leave.
+    for at in bounds:
+        before = [prompts[row["pair"]] for row in line.shards(0, at, 1).select("pair").collect()] if at else []
+        tokens, nodes, in_blocks = line.behind(at)
+        assert tokens == line.prompt_tokens - sum(map(len, before))
+        assert 0 <= nodes - (line.trie_nodes - nodes_of_a_trie(before)) <= 3 * 23  # a prompt at each part's seam
+        assert 0 <= in_blocks - (line.block_floor - floor_of_whole_blocks(before, BLOCK)) <= 3 * 23
 
 
 def test_each_shard_is_a_task_of_its_own_in_the_order_of_the_token_ids(spark: SparkSession) -> None:

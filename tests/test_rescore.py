@@ -280,6 +280,7 @@ def test_a_run_that_is_to_end_while_a_wave_is_at_work_tells_what_became_of_it(
         return
     run = rescore(spark, root, scoring(), deadline=deadline)
     assert (run.status, job.exit_code(run)) == ("stopped", 5)
+    assert job.exit_code(replace(run, counts=run.counts | {"gates_failed": 1})) == 3
     assert 0 < probs(spark, root).count() < 160
 
 

@@ -384,6 +384,13 @@ def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Fo
         train.land(settings(base, tmp_path, learning_rate=1.0), lessons(answers, 4))
 
 
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (3, [1, 2, 3])])
+def test_steps_that_are_taken_again_are_logged_once(tmp_path: Path, step: int, kept: list[int]) -> None:
+    (tmp_path / train.LOG).write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)))
+    train._cut_log(TrainSettings(stage="sft", base="", out=str(tmp_path)), step)
+    assert [json.loads(line)["step"] for line in (tmp_path / train.LOG).read_text().splitlines()] == kept
+
+
 def test_hard_pairs_are_drawn_oftener_and_settled_ones_never() -> None:
     rates = np.array([0.0, 0.2, 0.8, 1.0, 0.95])
     difficulty = Difficulty(rates, group=8, seed=0)

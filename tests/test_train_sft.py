@@ -28,6 +28,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_model(tmp_path_factory.mktemp("base") / "model"))
 
 
+def test_a_training_has_its_folder_for_itself(tmp_path: Path) -> None:
+    with (
+        train_sft.alone_in(str(tmp_path)),
+        pytest.raises(ValueError, match="another training is at work there"),
+        train_sft.alone_in(str(tmp_path)),
+    ):
+        pass
+    with train_sft.alone_in(str(tmp_path)):
+        pass
+
+
 def told(root: str, folder: Path) -> None:
     """Twelve judged pairs, eight of them of the train split."""
     rows = [pair(n, label=1 + n % 4, split="train" if n < 8 else "dev" if n < 10 else "test") for n in range(12)]
