@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,21 +63,31 @@ def main() -> None:
         rounds = []
         for number in range(args.rounds):
             root, cache = f"{folder}/tables-{number}", args.kv_cache_gib
-            figures = in_own_process(the_job, model, night, root, cache)
+            figures = told("job", len(night), the_job, model, night, root, cache)
             prompts = json.loads(Path(root, "prompts.json").read_text())
-            figures["bare"] = in_own_process(bare_vllm, model, prompts["aligned"], cache)
+            peers: dict[str, tuple[Any, ...]] = {"bare": (bare_vllm, model, prompts["aligned"], cache)}
             if not number:
-                figures["as it comes"] = in_own_process(bare_vllm, model, prompts["aligned"], cache, True)
-                figures["unaligned"] = in_own_process(bare_vllm, model, prompts["unaligned"], cache)
+                peers["as it comes"] = (bare_vllm, model, prompts["aligned"], cache, True)
+                peers["unaligned"] = (bare_vllm, model, prompts["unaligned"], cache)
             if args.arrival:
-                figures["arrival"] = in_own_process(the_job, model, night, f"{root}-arrival", cache, True)
+                peers["arrival"] = (the_job, model, night, f"{root}-arrival", cache, True)
             if args.server:
-                figures["server"] = in_own_process(over_http, model, prompts["arrival"], cache)
+                peers["server"] = (over_http, model, prompts["arrival"], cache)
             if args.ray:
-                figures["ray"] = in_own_process(by_ray, model, prompts["arrival"], cache)
+                peers["ray"] = (by_ray, model, prompts["arrival"], cache)
+            for name, asked in peers.items():
+                figures[name] = told(name, len(night), *asked)
             rounds.append(figures)
             print(f"round {number + 1}: {summary(figures, len(night))}", flush=True)
         report(rounds, len(night), args)
+
+
+def told(name: str, pairs: int, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Runs one in a process of its own and prints its pace at once: a night may be cut off."""
+    figures = in_own_process(work, *arguments)
+    paces = {what: figures[what] for what in ("seconds", "engine", "waves", "job") if what in figures}
+    print(f"{name}: " + ", ".join(f"{what} {pairs / s:,.1f} pairs/s" for what, s in paces.items()), flush=True)
+    return figures
 
 
 def model_folder(name: str, folder: Path) -> str:
