@@ -31,6 +31,7 @@ from udfs.stream import Batches
 
 TOUCH_SECONDS = 25.0  # Spark looks every ten seconds for workers idle for sixty
 _GPUS = "spark.executor.resource.gpu.amount"
+_POOL = "spark.scheduler.pool"
 _working = threading.Lock()
 _used = -TOUCH_SECONDS  # when a task of the engines last ended
 
@@ -111,7 +112,8 @@ def own_workers(spark: SparkSession) -> Iterator[None]:
 
     Spark hands an idle Python worker to any task whose environment is the same; a tokenising task would take the
     worker with the engine, and the next scoring task would load another one. Their tasks run in here too, one thread's
-    at a time: a touch beside one would start a second worker, which the next might take.
+    at a time: a touch beside one would start a second worker, which the next might take. They are a pool of Spark's, so
+    that what was asked before them does not keep them waiting until it is all done.
     """
     global _used
     context = spark.sparkContext
@@ -120,9 +122,12 @@ def own_workers(spark: SparkSession) -> Iterator[None]:
             context.environment = _Environment(context.environment)
         own = context.environment.own
         own.entries = {"TAOSR1_WORKER": "engine", THREADS: _threads(spark)}
+        pool = context.getLocalProperty(_POOL)
+        context.setLocalProperty(_POOL, "engines")
         try:
             yield
         finally:
+            context._jsc.setLocalProperty(_POOL, pool)  # the other one takes no None
             own.entries = {}
             _used = time.monotonic()
 

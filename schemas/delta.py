@@ -46,6 +46,8 @@ CONF = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "512",
     # A lost commit response must not append twice (off by default in 4.4.0).
     "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
+    # Tasks of the engines (a pool of their own, see partitioner/engines.py) come between those of a long planning.
+    "spark.scheduler.mode": "FAIR",
     # A stream that stays commits a few rows a minute: from 50 small files on, a commit puts them together.
     "spark.databricks.delta.autoCompact.enabled": "true",
     "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",

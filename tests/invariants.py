@@ -79,6 +79,18 @@ def whole_waves(before: Rows, after: Rows, known: set[str]) -> list[str]:
     return found
 
 
+def accounted(runs: Rows) -> list[str]:
+    """4, of what the runs tell: a pair that was seen was skipped, scored or refused."""
+    found = []
+    for run in runs:
+        counts = dict(run["counts"])
+        if run["status"] == "done" and "scored" in counts:
+            became = sum(counts.get(name, 0) for name in ("skipped", "scored", "refused"))
+            if run["job"] in ("rescore", "backfill") and counts.get("seen") != became:
+                found.append(f"run {run['run_id']} saw {counts.get('seen')} pairs and tells of {became}")
+    return found
+
+
 def one_regime(thresholds: Rows) -> list[str]:
     """8: at most one version of thresholds is active, with one cut a segment and boundary."""
     active = [row for row in thresholds if row["status"] == "active"]
@@ -100,6 +112,7 @@ def audit(root: str, *models: str) -> list[str]:
         before = rows
     for number, cuts in enumerate(versions(root, "thresholds")):
         found += [f"thresholds@{number}: {breach}" for breach in one_regime(cuts)]
+    found += accounted(table(root, "runs"))
     pairs = table(root, "pairs")
     for model in models:
         found += conserved(before, pairs, model)

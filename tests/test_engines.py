@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -34,6 +35,26 @@ def test_an_engine_gets_the_threads_that_were_named_and_not_the_one_of_a_task(
     with engines.own_workers(spark):
         assert told(spark) == (3, "engine")
     assert told(spark) == (1, "")
+
+
+def test_a_touch_does_not_wait_for_the_end_of_a_long_planning(spark: SparkSession) -> None:
+    def plan(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        time.sleep(0.3)
+        yield from batches
+
+    planned = threading.Event()
+
+    def planning() -> None:
+        spark.range(40).repartition(40).mapInArrow(plan, "id BIGINT").collect()
+        planned.set()
+
+    told(spark)  # a first worker takes a while
+    thread = threading.Thread(target=planning)
+    thread.start()
+    time.sleep(1)
+    engines.each(spark, 1, engines._touched)
+    assert not planned.is_set()
+    thread.join()
 
 
 def test_executors_of_unlike_cores_are_used_all_or_refused(

@@ -41,6 +41,10 @@ def row(**changed: Any) -> dict[str, Any]:
     return judged.scored(1, "q", [0.7, 0.1, 0.1, 0.1], **changed)
 
 
+def ran(**counts: int) -> dict[str, Any]:
+    return {"run_id": "r", "job": "rescore", "status": "done", "counts": counts.items()}
+
+
 @pytest.mark.parametrize(
     ("check", "breach"),
     [
@@ -52,6 +56,7 @@ def row(**changed: Any) -> dict[str, Any]:
         (lambda: invariants.conserved([row(content_hash="x")], [judged.pair(1, "q")], judged.MODEL), "has old text"),
         (lambda: invariants.never_back([row(pairs_version=3)], [row(pairs_version=2)]), "fell back"),
         (lambda: invariants.whole_waves([row()], [row(), {**row(), "pair_id": "b"}], {"w"}), "came in pieces"),
+        (lambda: invariants.accounted([ran(seen=3, scored=2)]), "saw 3 pairs and tells of 2"),
         (lambda: invariants.one_regime([*judged.cuts(1, {"": (0.5,) * 3}, "active")] * 2), "active cuts"),
     ],
 )
@@ -65,6 +70,7 @@ def test_the_invariants_have_nothing_against_a_fair_row() -> None:
     assert not invariants.one_row_a_key(rows) + invariants.simplex_or_null(rows)
     assert not invariants.conserved(rows, pairs, judged.MODEL) + invariants.never_back(rows, rows)
     assert not invariants.whole_waves([], rows, set())
+    assert not invariants.accounted([ran(seen=3, skipped=1, scored=1, refused=1), ran(seen=3, skipped=1)])
 
 
 class Model(RuleBasedStateMachine):
