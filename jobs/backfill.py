@@ -165,7 +165,7 @@ def backfill(
     refuse_foreign_prompt(spark, root, what)
     chosen = chosen or Chosen()
     chosen.of(delta.read(spark, root, "pairs"))  # a wrong condition stops it here
-    run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=True)
+    run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=not dry_run)
     fill = Backfill(spark, root, what, run)
     fill.chosen, fill.max_refused, fill.deadline = chosen, max_refused, deadline
     crash("started")
