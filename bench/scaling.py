@@ -1,13 +1,17 @@
-"""Does it scale: with executors, and with the number of pairs?
+"""Does it scale: with executors, with the number of pairs, with commits?
 
 python -m bench.scaling executors [--pairs 2000]            (a standalone cluster of one worker, then of two)
 python -m bench.scaling pairs [--sizes 10000 100000 1000000]
+python -m bench.scaling commits [--count 1440]              (a day of a stream that commits a row a minute)
 
 executors: a backfill with an engine that needs no model and takes a fixed time a token (it sleeps, so two of them fit
 on one core). Printed is the time of the waves with one and with two executors, and their ratio.
 
 pairs: plans a night of so many pairs, and merges 10,000 rows into as many judged ones: seconds, seconds a pair ×
 log2(pairs) against the smallest size, and the memory of the driver's Python. Nothing is scored.
+
+commits: so many waves of one row into `label_probs`, and as many writes of their run's row, as a stream with
+--every "1 minute" makes them: the most files that either table had, and the seconds of the first and last commits.
 """
 
 from __future__ import annotations
@@ -66,14 +70,17 @@ def load_paced(settings: EngineSettings) -> Engine:
 def main() -> None:
     """Measures the one or the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("executors", "pairs"))
+    parser.add_argument("what", choices=("executors", "pairs", "commits"))
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--count", type=int, default=1440)
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = str(REPO)  # of the workers
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "executors":
             executors(Path(folder), args.pairs)
+        elif args.what == "commits":
+            day(folder, args.count)
         else:
             sizes(Path(folder), args.sizes)
 
@@ -105,6 +112,38 @@ def executors(folder: Path, pairs: int) -> None:
             )
             spark.stop()
     print(f"speed-up of two executors: {took[1] / took[2]:.2f}")
+
+
+def day(folder: str, count: int) -> None:
+    """Commits as a stream does that stays for a day."""
+    from schemas import delta
+
+    spark = delta.session("scaling")
+    delta.prepare(spark, folder)
+    took, most = commits(spark, folder, count)
+    few = max(1, min(100, count // 4))
+    first, last = (sum(some) / few for some in (took[:few], took[-few:]))
+    files = ", ".join(f"{number} of {name}" for name, number in most.items())
+    print(f"{count:,} commits: at most {files} files; a commit took {first:.2f} s at first, {last:.2f} s at last")
+    spark.stop()
+
+
+def commits(spark: Any, root: str, count: int) -> tuple[list[float], dict[str, int]]:
+    """Seconds of each of `count` waves of one row and their run's row, and the most files that a table had."""
+    from schemas import delta, runs
+    from tests import judged
+
+    run, took, most = runs.start(spark, root, "scaling"), [], {"label_probs": 0, "runs": 0}
+    for n in range(count):
+        row = judged.rows(spark, "label_probs", [judged.scored(n, "q", [0.7, 0.1, 0.1, 0.1], wave_id=f"w{n}")])
+        began = time.monotonic()
+        delta.upsert(spark, root, "label_probs", row)
+        took.append(time.monotonic() - began)
+        runs.write(spark, root, replace(run, waves=n + 1))
+        if n % 10 == 0:
+            most = {name: max(files, delta.size(spark, root, name)[0]) for name, files in most.items()}
+    runs.finish(spark, root, replace(run, waves=count), "done")
+    return took, most
 
 
 def kettles(count: int) -> list[Any]:

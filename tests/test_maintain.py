@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
 
+from bench import scaling
 from jobs import maintain as job
 from schemas import delta, runs
 from tests import invariants, judged
@@ -79,15 +79,9 @@ def test_a_flag_that_would_take_a_readers_files_is_refused(flags: list[str], rea
 
 
 @pytest.mark.slow
-def test_a_day_of_a_commit_a_minute_leaves_few_files(spark: SparkSession, root: str) -> None:
-    """1,440 waves of one row, as a stream with --every "1 minute" commits them; compaction comes with the commits."""
-    began, most = datetime.now(), 0
-    for i in range(1440):
-        row = judged.rows(spark, "label_probs", [judged.scored(i, "q", [0.7, 0.1, 0.1, 0.1], wave_id=f"w{i}")])
-        delta.upsert(spark, root, "label_probs", row)
-        if i % 10 == 0:
-            most = max(most, delta.size(spark, root, "label_probs")[0])
-        if datetime.now() - began > timedelta(minutes=40):
-            pytest.fail(f"only {i} waves in 40 minutes")
-    assert most <= 60
-    assert len(invariants.table(root, "label_probs")) == 1440
+def test_a_stream_that_commits_a_row_a_minute_leaves_few_files(spark: SparkSession, root: str) -> None:
+    """Three rounds of what compaction joins; a whole day of it: bench.scaling commits."""
+    _, most = scaling.commits(spark, root, 160)
+    assert most["label_probs"] <= 60
+    assert most["runs"] <= 60
+    assert len(invariants.table(root, "label_probs")) == 160
