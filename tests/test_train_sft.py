@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from jobs import ingest, rescore, sample, train_dpo, train_grpo, train_sft, write_chains
 from schemas import delta
@@ -58,10 +59,15 @@ def taught(root: str, folder: Path, first: int = 0) -> None:
 LEAK = "also in dev or test, such as 'query 3'"
 
 
-def leaking(root: str, folder: Path) -> None:
-    """A train query judged once more, in another spelling and locale, as one of test."""
+def leaking(spark: SparkSession, root: str, folder: Path) -> None:
+    """A train query judged once more, in another spelling and locale, as one of test: ingest keeps it in train, but
+    another writer of gold may not."""
     again = pair(70, label=4, split="test") | {"query": "QUERY  3", "locale": "de"}
     ingest.main(["--tables", root, "--pairs", str(jsonl(folder / "more.jsonl", again))])
+    (new,) = delta.read(spark, root, "pairs").where("locale = 'de'").select("pair_id").collect()
+    mine = F.col("pair_id") == new["pair_id"]
+    assert [row["split"] for row in delta.read(spark, root, "gold").where(mine).collect()] == ["train"]
+    delta.update(spark, root, "gold", mine, {"split": F.lit("test")})
 
 
 def answered(spark: SparkSession, root: str, model: Model) -> None:
@@ -130,7 +136,7 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     asked = pq.read_table(tmp_path / "grpo" / "data.parquet").to_pylist()
     assert {pairs[r["pair_id"]] for r in asked} == seen
     assert any(r["rate"] is not None for r in asked)
-    leaking(root, tmp_path)
+    leaking(spark, root, tmp_path)
     with pytest.raises(ValueError, match=LEAK):
         answered(spark, root, made)
 
@@ -140,7 +146,7 @@ def test_a_query_that_is_held_out_anywhere_stops_the_stage_before_it_begins(
     spark: SparkSession, root: str, base: str, tmp_path: Path
 ) -> None:
     taught(root, tmp_path)
-    leaking(root, tmp_path)
+    leaking(spark, root, tmp_path)
     with pytest.raises(ValueError, match=LEAK):
         train_sft.main(["--tables", root, "--model", base, "--out", str(tmp_path / "sft")])
     assert not (tmp_path / "sft").exists()

@@ -76,7 +76,15 @@ def test_a_chain_is_kept_only_where_its_own_conclusion_is_the_human_label_and_on
     assert "13 rows read · 6 of judged train pairs, 5 left out" in said
     assert "4 Excellent: kept 1, dropped 1 other_conclusion" in said
     assert "fields that mean nothing here were left out: kind" in said
-    wanted = {"read": 13, "quarantined": 2, "not_train": 5, "kept": 2, "other_label": 1, "no_conclusion": 2}
+    wanted = {
+        "read": 13,
+        "refused_files": 0,
+        "quarantined": 2,
+        "not_train": 5,
+        "kept": 2,
+        "other_label": 1,
+        "no_conclusion": 2,
+    }
     assert counts(spark, root) == wanted | {"other_conclusion": 1}
     stages = {r["stage"] for r in delta.read(spark, root, "quarantine").collect()}
     assert stages == {"write_chains"}
