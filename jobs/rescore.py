@@ -425,11 +425,13 @@ def opened_nights(
     spark: SparkSession, root: str, whats: Sequence[Scoring], max_refused: float, deadline: datetime | None
 ) -> list[Night]:
     """Nights whose runs have begun. Raises ValueError for a foreign prompt, and where their like is at work already."""
-    runs.close_lost(spark, root)
     for what in whats:
         adapter.refuse_chain_first(what.model.path)
         refuse_foreign_prompt(spark, root, what)
-        runs.refuse_second(spark, root, JOB, *what.regime)
+    if beside := whats[1:]:  # before a run begins; the first one's start looks for its own like
+        runs.close_lost(spark, root)
+        for what in beside:
+            runs.refuse_second(spark, root, JOB, *what.regime)
     nights: list[Night] = []
     try:
         for what in whats:
@@ -670,7 +672,7 @@ class Night(Waves):
         first = self.judged().where(F.col("pair_id").isin(list(again)) & (F.col("outcome") == "scored")).collect()
         both = [(row, again[row["pair_id"]]) for row in first]
         both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"] and b["outcome"] == "scored"]
-        moved = [max(abs(a[p] - b[p]) for p in P_COLUMNS) for a, b in both]
+        moved = selfcheck.differences(*([[pair[side][p] for p in P_COLUMNS] for pair in both] for side in (0, 1)))
         if moved:
             flips = sum(max(P_COLUMNS, key=a.__getitem__) != max(P_COLUMNS, key=b.__getitem__) for a, b in both)
             mean = sum(moved) / len(moved)

@@ -393,13 +393,13 @@ class Waves(ABC):
         if not suspects:
             return answered
         allowed = POISONS * (max(1, math.ceil(math.log2(answered.count()))) + 1)
-        deaths, level = len(suspects), 0
+        deaths, level, few = len(suspects), 0, max(1, POISONS // 2)
         answered = answered.where(~died)
         while suspects and not self._gave_up:
             if why := self.asked_to_stop():
                 raise Stopped(f"{why}, while the prompt was looked for that engines die of")
             print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
-            now, later = suspects[: max(1, POISONS // 2)], suspects[max(1, POISONS // 2) :]
+            now, later = suspects[:few], suspects[few:]
             pieces = dict(enumerate(half for stretch in now for half in prefix.halves(stretch)))
             landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
             # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
