@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from pyspark import SparkConf
+from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -27,7 +30,7 @@ from partitioner import engines, prefix, waves
 from schemas import crash, delta, runs
 from schemas.labels import P_COLUMNS
 from tests import invariants, judged
-from tests.conftest import REPO
+from tests.conftest import QUICK, REPO
 from tests.engines import load_falling, load_hungry, load_poisoned, logprobs
 from tests.test_rescore import PRODUCTS, QUERIES, probs, put, scoring
 from udfs.engine import EngineSettings
@@ -365,14 +368,49 @@ OF_A_STREAM = ("batch", "streamed")
 OF_A_WAVE = ("landed", "checked", "merged", "told")
 
 
+@pytest.fixture
+def warm() -> Iterator[Callable[..., subprocess.CompletedProcess[bytes]]]:
+    """Runs as `night` does, in a JVM that has run before: a new one interprets its first minute.
+
+    A JVM whose Python was killed reads the end of its input, stops its SparkContext and gives up the commit lock;
+    this one is told to.
+    """
+    conf = SparkConf(loadDefaults=False)
+    ours = {**delta.CONF, **delta.LOCAL_CONF, "spark.master": "local[*,4]", "spark.jars.packages": delta.PACKAGE}
+    for key, value in {**ours, **QUICK}.items():
+        conf.set(key, value)
+    gateway = launch_gateway(conf)  # type: ignore[no-untyped-call]
+    where = gateway.java_parameters
+    there = {"PYSPARK_GATEWAY_PORT": str(where.port), "PYSPARK_GATEWAY_SECRET": where.auth_token}
+
+    def night_there(root: str, name: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+        ended = night(root, name, **there, **environment)
+        sql = gateway.jvm.org.apache.spark.sql
+        gateway.jvm.org.apache.spark.SparkContext.getOrCreate().stop()
+        sql.classic.SparkSession.clearDefaultSession()
+        sql.delta.DeltaLog.clearCache()
+        (Path(root) / delta.LOCK).unlink(missing_ok=True)
+        return ended
+
+    yield night_there
+    gateway.shutdown()
+    gateway.proc.stdin.close()
+    gateway.proc.wait(60)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rescore", "backfill"])
 def test_a_process_killed_at_each_step_leaves_what_the_next_one_makes_whole(
-    spark: SparkSession, root: str, tmp_path: Path, name: str
+    spark: SparkSession,
+    root: str,
+    tmp_path: Path,
+    name: str,
+    warm: Callable[..., subprocess.CompletedProcess[bytes]],
 ) -> None:
     """Each process finds what the one killed before it left, and is killed one step further.
 
-    A step that comes again in a run, such as those of a wave, is met at its first time and at its second.
+    A step that comes again in a run, such as those of a wave, is met at its first time and at its second. The last
+    process has a JVM of its own.
     """
     products: list[Any] = PRODUCTS
     put(spark, root, products)
@@ -382,7 +420,7 @@ def test_a_process_killed_at_each_step_leaves_what_the_next_one_makes_whole(
         if where in ("told:1", "batch:1") or where.removesuffix(":2") in OF_A_WAVE:
             products = [(key, f"{title} {n}", *rest) for key, title, *rest in PRODUCTS]
             put(spark, root, products)  # else all may be merged by now
-        killed = night(root, name, TAOSR1_CRASH=where)
+        killed = warm(root, name, TAOSR1_CRASH=where)
         assert killed.returncode == -9, f"{where}: {killed.stderr[-2000:]!r}"
         assert not invariants.audit(root), where
     whole = night(root, name)
