@@ -28,6 +28,7 @@ from schemas.files import File, literal
 # A line beyond this is skipped by Hadoop's reader instead of filling the memory; `lost_bytes` finds that it was.
 LONGEST_LINE = 32 << 20
 _ORIGINAL_BYTES = 64 << 10  # of a refused row, kept in quarantine
+REREAD_LINES = 10_000_000  # of a CSV file with records that do not end; some ten seconds
 _BATCH_ROWS, _BATCH_BYTES = 1_000, 16 << 20
 
 # What every reader below returns. `n` orders the rows of one block of a file (it is not yet a line number), `size` is
@@ -364,16 +365,22 @@ def _csv_cells(lines: Iterator[Line], delimiter: str) -> Iterator[tuple[Line, li
     """Records of a CSV file, numbered by their first line.
 
     Where a record cannot be parsed (a quote that is never closed swallows what follows) its first line alone is refused
-    and parsing begins again at the next, so that the rows behind it are not lost.
+    and parsing begins again at the next, so that the rows behind it are not lost. A file in which that happens on and
+    on would be read as often as it has lines: beyond REREAD_LINES all lines of such a record are refused.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     again: deque[Line] = deque()
     taken: list[Line] = []
+    held = reread = 0
     numbered = (replace(line, block=0, n=n) for n, line in enumerate(lines, start=1))
 
     def following() -> Iterator[str]:
+        nonlocal held
         while (line := again.popleft() if again else next(numbered, None)) is not None:
             taken.append(line)
+            held += line.size
+            if held > 2 * MAX_ROW_BYTES and len(taken) > 1:
+                raise csv.Error(f"no end of a record within {2 * MAX_ROW_BYTES:,} bytes")
             yield line.raw.decode("utf-8", "surrogateescape") + "\n"
 
     ended = False
@@ -383,14 +390,21 @@ def _csv_cells(lines: Iterator[Line], delimiter: str) -> Iterator[tuple[Line, li
                 raw, size = b"\n".join(line.raw for line in taken), sum(line.size for line in taken)
                 whole = replace(taken[0], size=size, raw=raw)
                 taken.clear()
+                held = 0
                 reason = too_large(whole)
                 yield whole, (cells if raw.strip() and not reason else None), reason
             ended = True
         except csv.Error as error:
             first, *rest = taken
             taken.clear()
-            again.extendleft(reversed(rest))
+            held = 0
             yield first, None, too_large(first) or f"broken CSV: {error}"
+            reread += len(rest)
+            if reread <= REREAD_LINES:
+                again.extendleft(reversed(rest))
+                continue
+            for line in rest:
+                yield line, None, f"broken CSV: behind line {first.n}, as were too many before it: {error}"
 
 
 def parquet_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[Line, dict[str, Any]]]:

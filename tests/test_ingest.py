@@ -19,7 +19,7 @@ from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
 from jobs import ingest
-from schemas import canonical, delta, files, runs
+from schemas import canonical, delta, files, formats, runs
 from tests.conftest import SHARED
 
 Ingest = Callable[..., int]
@@ -293,6 +293,26 @@ def test_a_changed_row_alone_is_rewritten_and_its_product_follows_in_pairs_that_
     assert (now[key]["label"], now[key]["weight"]) == (3, 2.0)  # the stored weight stays here too
     other = (after["p3", "query 3"]["pair_id"],)
     assert now[other] == gold[other]
+
+
+def test_a_csv_file_of_quotes_that_do_not_close_is_not_read_again_for_each_of_its_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(formats, "REREAD_LINES", 100)
+    raw = [b"query,product_id,title", *[b'a","b'] * 30, b"q,1,kettle"]
+
+    def lines() -> Iterator[formats.Line]:
+        return (formats.Line("f", 0, 0, len(text), text) for text in raw)
+
+    read = list(formats._csv_cells(lines(), ","))
+    assert [line.n for line, _, _ in read] == list(range(1, len(raw) + 1))
+    reasons = [reason or "" for _, _, reason in read]
+    assert reasons[0] == ""
+    assert all(reason.startswith("broken CSV: ") for reason in reasons[1:])
+    assert sum("behind line" in reason for reason in reasons) == 27  # read again: 30, 29, 28 lines, and that is 87
+    monkeypatch.setattr(formats, "REREAD_LINES", 10_000)
+    *_, (line, cells, reason) = formats._csv_cells(lines(), ",")
+    assert (line.n, cells, reason) == (len(raw), ["q", "1", "kettle"], None)
 
 
 def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_along(
