@@ -138,6 +138,8 @@ def condition(pairs: DataFrame, text: str) -> Column:
         plan: Any = pairs.where(wanted)._jdf.queryExecution().analyzed()
     except PySparkException as error:
         raise ValueError(f"--where {text!r}: {str(error).strip().splitlines()[0]} {help_}") from error
+    if plan.getClass().getSimpleName() != "Filter":  # _metadata puts a node of its own before the condition
+        raise ValueError(f"--where {text!r}: only the columns of pairs can be asked for. {help_}")
     inside = [plan.expressions().apply(i) for i in range(plan.expressions().size())]
     while inside:
         one = inside.pop()
@@ -181,7 +183,7 @@ def backfill(
         print(f"{JOB}: {stopped}", flush=True)
         return fill.close("stopped", str(stopped))
     except BaseException as error:
-        runs.fail(spark, root, fill.run, error)
+        fill.fail(error)
         raise
     finally:
         delta.drop_scratch(spark, root, run.run_id)

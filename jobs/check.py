@@ -81,6 +81,10 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
     points: list[Point] = [("versions", *worker(spark, versions)), ("device", *worker(spark, device))]
     if spark is not None:
         points += [(name, *found) for name, found in tables_of(spark, args.tables)]
+        try:
+            points.append(("engines", False, f"{engines.count(spark, args.tensor_parallel)} can work at a time"))
+        except ValueError as error:
+            points.append(("engines", True, str(error)))
     try:
         active = args.model in (None, rescore.ACTIVE)
         found = None if active else rescore.model_folder(args.model)
@@ -185,7 +189,14 @@ def tables_of(spark: SparkSession, root: str) -> Iterator[tuple[str, tuple[bool,
     local = Path(root.removeprefix("file:")) if "://" not in root else None
     if local and local.exists():  # a plain path may be of HDFS
         free = shutil.disk_usage(local).free
-        yield "disk", (free < LEAST_DISK, f"{free / 2**30:,.1f} GiB free; at least {LEAST_DISK / 2**30:.0f} is wanted")
+        yield (
+            "disk",
+            (
+                free < LEAST_DISK,
+                f"{free / 2**30:,.1f} GiB free; at least {LEAST_DISK / 2**30:.0f} is wanted"
+                + (f"; free some: maintain --tables {root}" if free < LEAST_DISK else ""),
+            ),
+        )
     there = [table for table in TABLES.values() if delta.exists(spark, root, table.name)]
     for table in there:
         if differences := delta.misfits(spark, root, table):

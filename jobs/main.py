@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     """Exit code of a job, and what went wrong, in a sentence."""
-    from py4j.protocol import Py4JError
+    from py4j.protocol import Py4JError, Py4JJavaError
     from pyspark.errors import PySparkException
 
     from schemas import runs
@@ -72,13 +72,13 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
             raise
         return USAGE, None
     except ValueError as error:
-        if runs.last is None or runs.last.status == "done":
+        if runs.last is None:
             return USAGE, str(error)
-        if not isinstance(error, runs.Unmet):
+        if not isinstance(error, runs.Unmet) and runs.last.status != "done":
             traceback.print_exc()  # a run had begun, so it was no flag or file, but a mistake of ours
         return FAILED, str(error)
     except (PySparkException, Py4JError) as error:
-        text = str(error)
+        text = f"{runs.in_a_line(error)}\n{error}" if isinstance(error, Py4JJavaError) else str(error)
         # Spark has tried a task four times by then. Its error is a page of Java; what a worker said stands in there.
         return (GAVE_UP if "Job aborted" in text or "Task failed" in text else FAILED), text
     except RuntimeError as error:

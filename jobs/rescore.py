@@ -13,11 +13,13 @@ where it stopped. Where pairs bear a weight, the heaviest products come first.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -367,8 +369,8 @@ def rescore(
         writer = writer.option("checkpointLocation", checkpoint)
         writer = writer.trigger(processingTime=every) if every else writer.trigger(availableNow=True)
         with engines.kept_alive(spark, what.settings.tensor_parallel):
-            for one in nights if retry_failed else ():
-                one.retry_failed()
+            if retry_failed:
+                night.with_candidates(Night.retry_failed)
             query = writer.start()
             try:
                 while not query.awaitTermination(FOLLOWED_SECONDS):
@@ -385,15 +387,15 @@ def rescore(
             finally:
                 query.stop()
             if not every:
-                night.score_left()
+                night.with_candidates(Night.score_left)
         crash("streamed")
     except BaseException as error:
         cause = night.error or error
         if isinstance(cause, Stopped):
             print(f"{JOB}: {cause}", flush=True)
-            return closed_nights(nights, "stopped", str(cause))
-        for one in reversed(nights):  # the first one's row is the one to tell of
-            runs.fail(spark, root, one.run, cause)
+            return closed_nights(night, "stopped", str(cause))
+        for one in reversed((night, *night.also)):  # the first one's row is the one to tell of
+            one.fail(cause)
         if night.error and night.error is not error:
             raise night.error from error
         if isinstance(error, StreamingQueryException):
@@ -406,15 +408,14 @@ def rescore(
     finally:
         for one in nights:
             delta.drop_scratch(spark, root, one.run.run_id)
-    closed = closed_nights(nights)
+    closed = closed_nights(night)
     crash("finished")
     return closed
 
 
-def closed_nights(nights: list[Night], status: str = "done", message: str | None = None) -> runs.Run:
+def closed_nights(first: Night, status: str = "done", message: str | None = None) -> runs.Run:
     """Ends the runs; returns the first one's, which also knows of the others' gates."""
-    first, *others = nights
-    for other in others:
+    for other in first.also:
         failed = other.close(status, message).counts.get("gates_failed", 0)
         if failed:
             first._count(gates_failed=failed)
@@ -526,11 +527,33 @@ class Night(Waves):
         if kinds & {"insert", "update_postimage"}:
             changed = changes.where(F.col("_change_type").isin("insert", "update_postimage"))
             changed = changed.select("pair_id").distinct()
-            for night in (self, *self.also):
+
+            def score(night: Night) -> None:
                 night.score_changed(changed, name)
-                if self.stays and time.monotonic() - night._looked > GATES_SECONDS:
+                if night.stays and time.monotonic() - night._looked > GATES_SECONDS:
                     night.look_at_gates()
                     night.run = replace(night.run, figures={k: v for k, v in night.run.figures.items() if k != ASKED})
+
+            self.with_candidates(score)
+
+    def with_candidates(self, work: Callable[[Night], None]) -> None:
+        """Does work for this night, then for the models beside it: a fault of one of those ends its run alone, and
+        fails a gate of this one."""
+        work(self)
+        for other in list(self.also):
+            try:
+                work(other)
+            except Stopped:
+                raise
+            except Exception as error:
+                print(
+                    f"{JOB}: --also {other.what.model.model_id}: {runs.in_a_line(error)}; goes on without it",
+                    flush=True,
+                )
+                self.also.remove(other)
+                self._count(candidates_failed=1)
+                other.fail(error)
+                delta.drop_scratch(self.spark, self.root, other.run.run_id)
 
     def judged(self) -> DataFrame:
         """What this model and prompt have judged."""
@@ -579,7 +602,12 @@ class Night(Waves):
             self.planned(line, total, time.monotonic() - started)
             crash("planned")
             self.check_first_use(line)
-            self.run_line(line, name)
+            try:
+                self.run_line(line, name)
+            except Stopped:
+                if self._end is None:  # else engines are dead: what is written has its noise too
+                    self.ask_again(line)
+                raise
             self.ask_again(line)
         delta.drop_scratch(self.spark, self.root, self.run.run_id, self.line_name(name))
         return line
@@ -663,10 +691,10 @@ class Night(Waves):
         noise under every figure and every cut."""
         if ASKED in self.run.figures:
             return
+        scored = self.judged().where((F.col("run_id") == self.run.run_id) & (F.col("outcome") == "scored"))
         count = min(NOISE_SAMPLE, max(4, int(line.prompts * waves.CANARY_SHARE)))
-        some = line.rows.where(F.size("ids") < self.what.settings.max_model_len)
-        some = some.where(~F.col("pair_id").isin(self._poison))
-        some = some.orderBy(F.xxhash64("pair_id")).limit(count)
+        drawn = [row["pair_id"] for row in scored.orderBy(F.xxhash64("pair_id")).limit(count).collect()]
+        some = line.rows.where(F.col("pair_id").isin(drawn))
         with self.timed("check"), engines.own_workers(self.spark):
             again = {row["pair_id"]: row for row in self.ask(some.repartition(1)).collect()}
         first = self.judged().where(F.col("pair_id").isin(list(again)) & (F.col("outcome") == "scored")).collect()
@@ -686,6 +714,13 @@ class Night(Waves):
         self.run = runs.finish(self.spark, self.root, self.run, status, message)
         print(summary(self.run), flush=True)
         return self.run
+
+    def fail(self, error: BaseException) -> None:
+        """Writes that the run ended by an error; its gates too, where the tables still take them."""
+        with suppress(Exception):
+            self._split()
+            self.look_at_gates()
+        runs.fail(self.spark, self.root, self.run, error)
 
     def look_at_gates(self) -> None:
         """Writes the run's gates as they are now, and tells those that are not in order."""
@@ -735,6 +770,24 @@ class Night(Waves):
                 "warn",
                 "of this run's rows have no label",
             ),
+            *(
+                [
+                    (
+                        "refused",
+                        float(refused),
+                        float(self._allowed_refused),
+                        "fail",
+                        "rows without a label (--max-refused)",
+                    )
+                ]
+                if math.isfinite(self._allowed_refused)
+                else []
+            ),
+            *(
+                [("candidates", float(failed), 0.0, "fail", "models beside this one (--also) whose runs failed")]
+                if (failed := counts.get("candidates_failed"))
+                else []
+            ),
             ("outside_mass", self.run.p_outside, 0.2, "warn", "mean mass on anything but the four labels"),
             ("mix_shift", shift, 0.2, "warn", "of the likeliest labels moved against the run before"),
             ("freshness", old / max(1, pairs), 0.0, "warn", "of the pairs are not judged as they are now (backfill)"),
@@ -742,7 +795,7 @@ class Night(Waves):
                 "canaries",
                 self.run.figures.get("canaries_max_dp"),
                 noise,
-                "warn",
+                "fail" if counts.get("waves_failed") else "warn",
                 "canaries against themselves, max |Δp|; the waves in which one was off were dropped and asked again",
             ),
             (
@@ -772,11 +825,21 @@ def unjudged(seen: DataFrame, judged: DataFrame) -> DataFrame:
 
 
 def in_portions(pairs: DataFrame, wanted: Column, group: Sequence[str]) -> DataFrame:
-    """Adds `portion`, 0 first: what shares a prefix (`group`) stays together, and comes with its most wanted pair."""
+    """Adds `portion`, 0 first: what shares a prefix (`group`) stays together, and comes with its most wanted pair.
+
+    Cut at equal shares of the groups; where nearly all are wanted alike, as with one weight for most, what is wanted
+    more than those is cut in its turn.
+    """
     best = pairs.groupBy(*group).agg(F.max(wanted).alias("best"))
-    cuts = best.approxQuantile("best", [n / PORTIONS for n in range(1, PORTIONS)], 0.01)
+    cuts: set[float] = set()
+    above = best
+    while found := set(above.approxQuantile("best", [n / PORTIONS for n in range(1, PORTIONS)], 0.01)):
+        cuts |= found
+        if len(found) > 1:
+            break
+        above = above.where(F.col("best") > max(found))
     portion = F.lit(0)
-    for cut in sorted(set(cuts)):
+    for cut in sorted(cuts):
         portion = portion + F.when(F.col("best") >= cut, 0).otherwise(1)  # null: last
     keyed = best.select(*(F.col(c).alias(f"group_{c}") for c in group), portion.alias("portion"))
     same = [F.col(c).eqNullSafe(F.col(f"group_{c}")) for c in group]

@@ -14,6 +14,7 @@ lease lapses. With the engine in the worker, whatever ends the worker, executor 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,10 +58,15 @@ def gpus_per_executor(spark: SparkSession) -> int:
 def count(spark: SparkSession, tensor_parallel: int) -> int:
     """Engines that can work at the same time: one an executor.
 
-    Raises ValueError where executors come and go, and where one has more or fewer GPUs than one engine asks for. With
-    two engines in one, a new worker could be given the GPU on which the other's engine sits: Spark hands out GPUs and
-    idle workers apart.
+    Raises ValueError where a task has one try, where executors come and go, and where one has more or fewer GPUs than
+    one engine asks for. With two engines in one, a new worker could be given the GPU on which the other's engine sits:
+    Spark hands out GPUs and idle workers apart.
     """
+    if _tries(spark) < 2:
+        raise ValueError(
+            "Spark tries a task once here, and the shard of an engine that dies needs a second try; start with "
+            + ("--master 'local[*,4]'" if is_local(spark) else "--conf spark.task.maxFailures=4")
+        )
     if is_local(spark):
         return 1
     if spark.sparkContext.getConf().get("spark.dynamicAllocation.enabled", "false").lower() == "true":
@@ -81,6 +87,12 @@ def count(spark: SparkSession, tensor_parallel: int) -> int:
             f"an executor has ({gpus}), and each holds one engine; start with --conf {_GPUS}={tensor_parallel}"
         )
     return executors
+
+
+def _tries(spark: SparkSession) -> int:
+    """How often Spark tries a task before its job fails; in local mode the master alone says it."""
+    master = re.fullmatch(r"local(?:\[[^,]+?(?:,\s*(\d+))?\])?", str(spark.sparkContext.master))
+    return int(master[1] or 1) if master else int(spark.sparkContext.getConf().get("spark.task.maxFailures", "4"))
 
 
 def profile(spark: SparkSession, tensor_parallel: int) -> ResourceProfile | None:

@@ -97,7 +97,7 @@ class Waves(ABC):
         self._told = time.monotonic()  # when the run's row was last written
         self._allowed_refused = self.max_refused
         self._poison: list[str] = []  # pairs on which an engine died in this run
-        self._gave_up: str | None = None  # why the run ends behind the wave at work
+        self._end: Exception | None = None  # why the run ends behind the wave at work
 
     @abstractmethod
     def ask(self, rows: DataFrame) -> DataFrame:
@@ -255,8 +255,8 @@ class Waves(ABC):
                         self._merging = (wave_id, figures, merger.submit(self._merge, answered, wave_id))
                         done += int(figures["rows"])
                     at, wave = end, wave + 1
-                    if self._gave_up:
-                        raise GaveUp(self._gave_up)
+                    if self._end:
+                        raise self._end
                     seconds = time.monotonic() - began
                     print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
             except (Stopped, GaveUp, TooManyRefused):
@@ -296,6 +296,7 @@ class Waves(ABC):
             if wrong is None:
                 break
             if again:
+                self._count(waves_failed=1)
                 raise GaveUp(
                     f"gave up: {wrong}, with engines loaded anew too. Nothing of this wave was written, earlier waves "
                     "are kept. Look at the machine's memory and GPU, and at: check --parity --model "
@@ -383,8 +384,9 @@ class Waves(ABC):
         `engine_failed` and keeps a fresh engine. Here such shards are cut in halves, each a task of its own, until a
         half lives or is one prompt; that one is asked twice. So a poisonous prompt costs about log2(rows) engines, a
         death by chance two tasks, and a prompt that kills in company only is scored. Few shards are searched at a time,
-        so that prompts are found early: where more dies than a few prompts can explain, those that were found and all
-        that lives are this wave, and the run gives up behind it; the next start has so much less before it.
+        so that prompts are found early: where more dies than a few prompts can explain, or the time is over, those that
+        were found and all that lives are this wave, and the run ends behind it; the next start has so much less before
+        it.
         """
         if "shard" not in answered.columns or "outcome" not in answered.columns:
             return answered
@@ -395,9 +397,10 @@ class Waves(ABC):
         allowed = POISONS * (max(1, math.ceil(math.log2(answered.count()))) + 1)
         deaths, level, few = len(suspects), 0, max(1, POISONS // 2)
         answered = answered.where(~died)
-        while suspects and not self._gave_up:
+        while suspects and not self._end:
             if why := self.asked_to_stop():
-                raise Stopped(f"{why}, while the prompt was looked for that engines die of")
+                self._end = Stopped(f"{why}, while the prompt was looked for that engines die of")
+                break
             print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
             now, later = suspects[:few], suspects[few:]
             pieces = dict(enumerate(half for stretch in now for half in prefix.halves(stretch)))
@@ -418,7 +421,7 @@ class Waves(ABC):
             suspects = [stretch for number, stretch in dead.items() if number not in alone] + later
             deaths, level = deaths + len(dead) + len(alone), level + 1
             if suspects and deaths > allowed:
-                self._gave_up = (
+                self._end = GaveUp(
                     f"gave up: engines died {deaths} times in one wave, more than {POISONS} bad pairs explain. What "
                     "was scored and found bad is written; the next start goes on with the rest. The executors' logs "
                     "say what the engine died of; often it is memory (--max-num-seqs, --max-num-batched-tokens, "

@@ -51,7 +51,7 @@ CONF = {
     # A stream that stays commits a few rows a minute: from 50 small files on, a commit puts them together.
     "spark.databricks.delta.autoCompact.enabled": "true",
     "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",
-    # A Python worker that says nothing for half an hour (a stopped process: its own watchdog cannot speak) is ended.
+    # A Python worker that says nothing for half an hour is told to end (SIGTERM, which a stopped process hears late).
     "spark.python.worker.idleTimeoutSeconds": "1800",
     "spark.python.worker.killOnIdleTimeout": "true",
     # One that crashes outside of Python (an engine's kernel) says where it stood.
@@ -315,7 +315,12 @@ def rows(spark: SparkSession, name: str, values: Sequence[Sequence[Any]]) -> Dat
 
 
 def scratch(root: str, run_id: str, name: str) -> str:
-    """Where a run lands `name` before it is merged; below the tables, so that every executor reaches it."""
+    """Where a run lands `name` before it is merged; below the tables, so that every executor reaches it.
+
+    Raises ValueError for a run_id, which may come out of a table, that would lead elsewhere.
+    """
+    if "/" in run_id or run_id in ("", ".", ".."):
+        raise ValueError(f"run_id {run_id!r} of table runs is none that this project gave")
     return f"{root.rstrip('/')}/_scratch/{run_id}/{name}"
 
 

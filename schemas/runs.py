@@ -130,8 +130,14 @@ class Unmet(ValueError):
 
 
 def fail(spark: SparkSession, root: str, run: Run, error: BaseException) -> Run:
-    """Writes that the run ended by an error, with the error's first line, and returns the row."""
-    return finish(spark, root, run, "failed", (str(error) or repr(error)).splitlines()[0])
+    """Writes that the run ended by an error, with what it says in a line, and returns the row."""
+    return finish(spark, root, run, "failed", in_a_line(error))
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says, without its pages; of Java's what Java said."""
+    text = str(error.java_exception) if isinstance(error, Py4JJavaError) else str(error)
+    return (text.strip() or repr(error)).splitlines()[0]
 
 
 def write(spark: SparkSession, root: str, run: Run) -> None:
@@ -273,7 +279,9 @@ class Lease:
         try:
             self._storage.create(now, True).close()
             renewed, looked = (self._storage.getFileStatus(p).getModificationTime() for p in (self._path, now))
-        except Py4JJavaError:  # there is no lease
+        except Py4JJavaError as error:
+            if error.java_exception.getClass().getName() != "java.io.FileNotFoundException":
+                raise  # a storage that does not answer is no sign that a run is dead
             return False
         finally:
             self._storage.delete(now, False)

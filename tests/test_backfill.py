@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 
 from jobs import rescore as job
 from jobs.backfill import Chosen, backfill, condition, shifts
+from jobs.rescore import in_portions
 from partitioner import prefix, waves
 from schemas import delta, runs
 from tests import invariants, judged
@@ -44,6 +45,9 @@ def weigh(spark: SparkSession, root: str, weights: dict[str, float]) -> None:
         ("pair_id IN (SELECT pair_id FROM parquet.`/etc`)", "Wanted is one condition"),
         ("EXISTS (SELECT 1)", "not allowed here"),
         ("rand() < 2", "rand"),
+        ("try_reflect('java.lang.System', 'exit', '1') IS NULL", "reflect"),
+        ("_metadata.file_size > 0", "only the columns of pairs"),
+        ("_metadata.file_size > 0 AND reflect('java.util.UUID', 'randomUUID') IS NULL", "only the columns of pairs"),
     ],
 )
 def test_a_condition_that_is_none_is_refused(spark: SparkSession, root: str, text: str, reason: str) -> None:
@@ -118,6 +122,18 @@ def test_portions_are_scored_in_order_of_weight_and_keep_a_product_together(
         merged.setdefault(row["wave_id"], set()).add(row["product_id"])
     order = [sorted(merged[wave], reverse=True) for wave in sorted(merged)]
     assert [product for wave in order for product in wave] == [f"k{i}" for i in reversed(range(8))]
+
+
+def test_what_is_wanted_most_comes_first_though_nearly_all_is_wanted_alike(spark: SparkSession) -> None:
+    weights = {f"k{i}": {98: 2.0, 99: 9.0}.get(i, 0.0) if i else None for i in range(100)}
+    rows = spark.createDataFrame(
+        [("en", k, w) for k, w in weights.items()], "locale STRING, product_id STRING, w DOUBLE"
+    )
+    found = {r["product_id"]: r["portion"] for r in in_portions(rows, F.col("w"), ("locale", "product_id")).collect()}
+    assert len(found) == 100
+    assert found["k99"] < found["k98"] < min(found[f"k{i}"] for i in range(1, 98))
+    assert len({found[f"k{i}"] for i in range(1, 98)}) == 1
+    assert found["k0"] == max(found.values()) > found["k1"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -69,6 +70,26 @@ def test_executors_of_unlike_cores_are_used_all_or_refused(
     monkeypatch.setattr(engines, "_cores", lambda _: [8, 4])
     with pytest.raises(ValueError, match=r"--conf spark\.executor\.cores=4"):
         engines.count(spark, 1)
+
+
+@pytest.mark.parametrize(
+    ("master", "failures", "mend"),
+    [
+        ("local", "4", r"local\[\*,4\]"),
+        ("local[2]", "4", r"local\[\*,4\]"),
+        ("local[*, 1]", "4", r"local\[\*,4\]"),
+        ("spark://h:7077", "1", "maxFailures=4"),
+        ("local[*,4]", "1", None),
+        ("yarn", "2", None),
+    ],
+)
+def test_a_task_needs_a_second_try(master: str, failures: str, mend: str | None) -> None:
+    conf = {"spark.task.maxFailures": failures}
+    context = SimpleNamespace(master=master, getConf=lambda: conf)
+    assert (engines._tries(SimpleNamespace(sparkContext=context)) < 2) == (mend is not None)  # type: ignore[arg-type]
+    if mend:
+        with pytest.raises(ValueError, match=mend):
+            engines.count(SimpleNamespace(sparkContext=context), 1)  # type: ignore[arg-type]
 
 
 def test_only_the_thread_that_asks_for_an_engines_workers_gets_them(spark: SparkSession) -> None:

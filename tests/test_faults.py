@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from pyspark import SparkConf
 from pyspark.java_gateway import launch_gateway
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs import rescore as job
@@ -31,7 +32,7 @@ from schemas import crash, delta, runs
 from schemas.labels import P_COLUMNS
 from tests import invariants, judged
 from tests.conftest import QUICK, REPO
-from tests.engines import load_falling, load_hungry, load_poisoned, logprobs
+from tests.engines import load_drifting, load_falling, load_hungry, load_poisoned, logprobs
 from tests.test_rescore import PRODUCTS, QUERIES, probs, put, scoring
 from udfs.engine import EngineSettings
 from udfs.prompt import Renderer
@@ -80,7 +81,7 @@ class Model(RuleBasedStateMachine):
     """Two writers over texts that change: a wave is read, later merged or lost; its feed goes on only after it.
 
     The rules are those of Night: an answer is dropped where its text is no longer the pair's, and a row gives way to
-    another text only. Checked: 1, 4, 5, 6, 7 without Spark.
+    another text only. Checked without Spark: 4, 5, and 7 (what is merged again changes nothing).
     """
 
     def __init__(self) -> None:
@@ -110,16 +111,21 @@ class Model(RuleBasedStateMachine):
         if (wave := self.wave[who]) is None:
             return
         end, version, answers = wave
+        self.upsert(version, answers)
+        before = dict(self.table)
+        self.upsert(version, answers)
+        assert self.table == before
+        if checkpoint:  # else killed before it, and the batch comes again
+            self.done[who] = max(self.done[who], end)
+        self.wave[who] = None
+
+    def upsert(self, version: int, answers: dict[int, int]) -> None:
         for pair, text in answers.items():
             if self.text[pair] != text:
                 continue
             old = self.table.get(pair)
             if old is None or (version >= old[1] and text != old[0]):
-                assert old is None or version >= old[1]
                 self.table[pair] = (text, version)
-        if checkpoint:  # else killed before it, and the batch comes again
-            self.done[who] = max(self.done[who], end)
-        self.wave[who] = None
 
     @rule(who=st.integers(0, 1))
     def killed(self, who: int) -> None:
@@ -440,6 +446,138 @@ def night(root: str, name: str, *more: str, **environment: str) -> subprocess.Co
     """A run in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(REPO), **environment}
     return subprocess.run([sys.executable, "-c", NIGHT, root, name, *more], env=environment, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["_scratch", "_checkpoints", "label_probs"])
+def test_a_storage_that_refuses_ends_the_run_with_its_sentence_and_the_next_one_completes_it(
+    spark: SparkSession, root: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(spark, root, PRODUCTS)
+    refuses = "Mkdirs failed|Not a directory|not a directory|FileAlreadyExists|No space left"
+    with monkeypatch.context() as patched:
+        if what != "label_probs":
+            Path(root, what).write_text("a file where a folder must be")
+        else:
+            upsert = delta.upsert
+
+            def refused(session: SparkSession, where: str, name: str, *rest: Any) -> dict[str, int]:
+                if name == "label_probs":
+                    raise OSError("No space left on device")
+                return upsert(session, where, name, *rest)
+
+            patched.setattr(delta, "upsert", refused)
+        with pytest.raises(Exception, match=refuses):
+            rescore(spark, root, scoring())
+    (run,) = invariants.table(root, "runs")
+    assert run["status"] == "failed"
+    assert re.search(refuses, run["message"])
+    assert not invariants.table(root, "label_probs")
+    if what != "label_probs":
+        Path(root, what).unlink()
+    assert rescore(spark, root, scoring()).counts["scored"] == 12
+    assert not invariants.audit(root, MODEL) + invariants.left(root)
+
+
+@pytest.mark.slow
+def test_a_commit_whose_answer_is_lost_is_found_by_the_next_run_and_not_made_twice(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(spark, root, PRODUCTS)
+    upsert = delta.upsert
+    lost: list[str] = []
+
+    def silent(session: SparkSession, where: str, name: str, *rest: Any) -> dict[str, int]:
+        made = upsert(session, where, name, *rest)
+        if name == "label_probs" and not lost:
+            lost.append(name)
+            raise OSError("Connection reset")
+        return made
+
+    monkeypatch.setattr(delta, "upsert", silent)
+    with pytest.raises(OSError, match="Connection reset"):
+        rescore(spark, root, scoring())
+    assert len(invariants.table(root, "label_probs")) == 12
+    run = rescore(spark, root, scoring())
+    assert (run.counts, run.engine_loads) == ({"seen": 12, "skipped": 12}, None)
+    assert not invariants.audit(root, MODEL) + invariants.left(root)
+
+
+@pytest.mark.slow
+def test_files_may_be_joined_and_removed_beside_a_run(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(20)])
+    monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
+    write = job.Night.write
+    joined: list[int] = []
+
+    def beside(night: job.Night, answered: Any, wave_id: str) -> None:
+        if len(joined) < 3:
+            for name in ("label_probs", "pairs", "runs"):
+                joined.append(delta.optimize(spark, root, name))
+                delta.vacuum(spark, root, name, delta.KEPT_DAYS)
+        write(night, answered, wave_id)
+
+    monkeypatch.setattr(job.Night, "write", beside)
+    run = rescore(spark, root, scoring())
+    assert (run.status, run.counts["scored"]) == ("done", 80)
+    assert len(joined) == 3
+    assert not invariants.audit(root, MODEL) + invariants.left(root)
+
+
+@pytest.mark.slow
+def test_a_batch_that_comes_again_or_late_writes_nothing_and_a_clock_that_goes_back_hides_no_text(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changes(title: str) -> DataFrame:
+        put(spark, root, [("k1", title, {}, None)])
+        return delta.read(spark, root, "pairs").withColumn("_change_type", F.lit("insert")).localCheckpoint()
+
+    night = job.Night(spark, root, scoring(), runs.start(spark, root, "rescore", MODEL))
+    first, second = changes("Kettle A"), changes("Kettle B")
+    for batch, number in ((first, 0), (second, 1)):
+        night.batch(batch, number)
+    version = delta.version(spark, root, "label_probs")
+    for batch, number in ((second, 1), (first, 0)):
+        night.batch(batch, number)
+    assert delta.version(spark, root, "label_probs") == version
+    assert night.run.counts["scored"] == 4
+    third = changes("Kettle C")
+    yesterday = F.current_timestamp() - F.expr("INTERVAL 1 DAY")
+    delta.update(spark, root, "pairs", F.lit(True), {"updated_at": yesterday})
+    monkeypatch.setattr(runs, "datetime", Yesterday)
+    night.batch(third, 2)
+    assert night.run.counts["scored"] == 8
+    assert not invariants.audit(root, MODEL)
+
+
+class Yesterday(datetime):
+    """A clock that is a day behind."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return datetime.now(tz) - timedelta(days=1)
+
+
+@pytest.mark.slow
+def test_a_candidate_that_fails_does_not_end_the_night_of_the_model_in_force(spark: SparkSession, root: str) -> None:
+    put(spark, root, PRODUCTS)
+    here = scoring()
+    settings = replace(here.settings, max_model_len=500)  # other ones than here, so an engine of its own
+    other = replace(here.model, model_id="f" * 16)
+    drifting = replace(here, model=other, settings=settings, load_engine=load_drifting)
+    run = rescore(spark, root, here, also=[drifting])
+    assert (run.status, run.counts["scored"], run.counts["gates_failed"]) == ("done", 12, 1)
+    assert job.exit_code(run) == 3
+    rows = {row["model_id"]: row for row in invariants.table(root, "runs")}
+    assert (rows["f" * 16]["status"], rows[MODEL]["status"]) == ("failed", "done")
+    assert "does not agree with itself" in rows["f" * 16]["message"]
+    gates = {(r["run_id"], r["name"]): r["level"] for r in invariants.table(root, "gates")}
+    assert gates[run.run_id, "candidates"] == "fail"
+    assert (rows["f" * 16]["run_id"], "noise") in gates
+    assert not invariants.audit(root, MODEL) + invariants.left(root)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -21,7 +22,7 @@ from jobs import rescore as job
 from jobs.rescore import rescore
 from partitioner import prefix, waves
 from schemas import delta, runs, tables
-from tests import judged
+from tests import invariants, judged
 from tests.engines import load_drifting, load_fake, load_mortal, logprobs
 from tests.models import PROMPT, tiny_model, tiny_tokenizer
 from udfs import selfcheck
@@ -282,6 +283,40 @@ def test_a_run_that_is_to_end_while_a_wave_is_at_work_tells_what_became_of_it(
     assert (run.status, job.exit_code(run)) == ("stopped", 5)
     assert job.exit_code(replace(run, counts=run.counts | {"gates_failed": 1})) == 3
     assert 0 < probs(spark, root).count() < 160
+
+
+@pytest.mark.slow
+def test_a_job_that_is_told_to_end_merges_its_wave_exits_with_5_and_the_next_start_goes_on(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(40)])
+    monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
+    monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
+    monkeypatch.setattr(job, "opened", lambda *_: (spark, scoring()))
+    words = ["rescore", "--tables", root, "--model", "demo"]
+    before = signal.getsignal(signal.SIGTERM)
+
+    def notice(step: str) -> None:
+        if step == "landed":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(waves, "crash", notice)
+            assert dispatcher.main(words) == 5
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        waves.stop_asked.clear()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["exit"], told["status"]) == (5, "stopped")
+    assert told["message"].startswith("asked to end (SIGTERM); ")
+    assert 0 < probs(spark, root).count() < 160
+    try:
+        assert dispatcher.main(words) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not invariants.audit(root, scoring().model.model_id) + invariants.left(root)
+    assert probs(spark, root).count() == 160
 
 
 @pytest.mark.slow
