@@ -105,6 +105,20 @@ elif how == "slow":
 """
 
 
+_LOADS = """
+import sys
+from pyspark import SparkFiles
+from vllm.v1.engine.llm_engine import LLMEngine
+from udfs.engine import EngineSettings, VllmEngine
+model, folder, error = sys.argv[1:]
+SparkFiles._is_running_on_worker, SparkFiles._root_directory = True, folder
+def load(*_, **__):
+    raise RuntimeError(error)
+LLMEngine.from_engine_args = load
+VllmEngine(EngineSettings(model=model, dtype="float32", max_model_len=256))
+"""
+
+
 def test_a_step_is_as_large_as_was_asked_or_as_its_device_wants() -> None:
     def step(on_cpu: bool, **asked: int) -> tuple[int, int]:
         told = vllm_arguments(EngineSettings(model="m", **asked), on_cpu)  # type: ignore[arg-type]
@@ -221,6 +235,19 @@ def test_an_engine_that_runs_out_of_memory_ends_its_process_and_leaves_a_note(ti
     assert ended.returncode == 70, ended.stderr[-2000:]
     assert "allocate memory" in ended.stderr
     assert len((tmp_path / "tiny" / "engines-out-of-memory").read_text().split()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "code"), [("CUDA out of memory occurred when warming up sampler", 70), ("no such layer", 1)]
+)
+def test_an_engine_that_does_not_fit_while_it_loads_leaves_a_note_and_any_other_error_is_told(
+    tiny: Path, tmp_path: Path, error: str, code: int
+) -> None:
+    ended = python(_LOADS, str(tiny), str(tmp_path), error)
+    assert ended.returncode == code, ended.stderr[-2000:]
+    assert f"RuntimeError: {error}" in ended.stderr
+    assert (tmp_path / "engines-out-of-memory").exists() == (code == 70)
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ class VllmEngine:
         arguments = EngineArgs(model=folder, **vllm_arguments(settings, on_cpu))
         self.settings = settings
         self._hang_seconds = max(settings.hang_seconds, LOADING_SECONDS)
-        with Watchdog(self._hang_seconds):
+        with Watchdog(self._hang_seconds), _broken_engine_ends_the_process(by_memory_alone=True):
             self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         self.id = uuid.uuid4().hex
         self.version = f"vllm {vllm.__version__} {'cpu' if on_cpu else current_platform.get_device_name()}"
@@ -362,10 +362,17 @@ def vllm_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
 
 
 class _broken_engine_ends_the_process:
+    """by_memory_alone: other errors are raised, as while loading, where they say what is wrong with the model."""
+
+    def __init__(self, by_memory_alone: bool = False) -> None:
+        self._by_memory_alone = by_memory_alone
+
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, GeneratorExit | KeyboardInterrupt):
+            return
+        if self._by_memory_alone and not _out_of_memory(error):
             return
         import traceback
 

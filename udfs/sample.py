@@ -69,7 +69,7 @@ def sampler(
 
     too_long: Sampled = ([], "too_long")
     failed: Sampled = ([], "engine_failed")
-    question = Question(ask, sampling.max_tokens, too_long, columns, _ANSWER, failed)
+    question = Question(ask, sampling.max_tokens, too_long, columns, _ANSWER, failed, sampling.n)
     return answerer(settings, question, load_engine)
 
 

@@ -36,7 +36,7 @@ _COST = pa.schema(
 )
 _READ_AHEAD = 4  # batches; each is spark.sql.execution.arrow.maxRecordsPerBatch rows
 # Rows that leave together. Spark ends a worker that says nothing for half an hour: a slow engine must speak sooner.
-_TOGETHER = 64
+_TOGETHER = 64  # of one answer each
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Question(Generic[A]):
     ask: prompts to (prompt number, answer, cached tokens where known), in any order. room: tokens of an answer; a
     prompt that leaves less in the model's context is answered with `too_long` and never reaches the engine. columns:
     the answers of a batch as columns of `schema`. failed: the answer of every prompt of a task whose engine died; None
-    where Spark is to try such a task again and at last give up.
+    where Spark is to try such a task again and at last give up. answers: to each prompt; so many fewer rows of it leave
+    together.
     """
 
     ask: Callable[[Engine, Prompts], Iterator[tuple[int, A, int | None]]]
@@ -55,6 +56,7 @@ class Question(Generic[A]):
     columns: Callable[[list[A]], list[list[object]]]
     schema: pa.Schema
     failed: A | None = None
+    answers: int = 1
 
 
 def answered_schema(prompts: StructType, answer: pa.Schema) -> StructType:
@@ -121,7 +123,7 @@ def answered(engine: Engine, batches: Iterable[pa.RecordBatch], question: Questi
 
     def prompts() -> Prompts:
         asked = 0
-        for number, batch in enumerate(_pieces(_read_ahead(batches))):
+        for number, batch in enumerate(_pieces(_read_ahead(batches), max(1, _TOGETHER // question.answers))):
             if batch is None:
                 yield None
                 continue
@@ -194,12 +196,12 @@ def _chain(first: pa.RecordBatch, rest: Batches) -> Batches:
     yield from (b for b in rest if b.num_rows)
 
 
-def _pieces(batches: Iterable[pa.RecordBatch | None]) -> Iterator[pa.RecordBatch | None]:
+def _pieces(batches: Iterable[pa.RecordBatch | None], rows: int) -> Iterator[pa.RecordBatch | None]:
     for batch in batches:
         if batch is None:
             yield None
             continue
-        yield from (batch.slice(at, _TOGETHER) for at in range(0, batch.num_rows, _TOGETHER))
+        yield from (batch.slice(at, rows) for at in range(0, batch.num_rows, rows))
 
 
 def _read_ahead(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch | None]:
