@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 from schemas.delta import CONF, LOCAL_CONF, PACKAGE
+from tests.conftest import QUICK
+from tests.models import tiny_model
+from tests.test_on_cluster import a_file_of_pairs, table
 
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ("schemas", "udfs", "partitioner", "jobs", "demo")
@@ -221,27 +224,38 @@ def test_a_job_runs_on_spark_with_delta_and_its_workers_have_the_code(checkout: 
 
 
 @pytest.mark.slow
-def test_a_plain_spark_submit_runs_the_job_from_one_file_and_one_archive(checkout: Path, tmp_path: Path) -> None:
+def test_a_plain_spark_submit_ingests_and_scores_from_one_file_and_one_archive_and_tells_no_secret(
+    checkout: Path, tmp_path: Path
+) -> None:
     archive, alone = tmp_path / "taosr1.zip", tmp_path / "alone" / "main.py"
     run(checkout, "--archive", str(archive))
     alone.parent.mkdir()
     shutil.copy(REPO / "jobs" / "main.py", alone)
-    submit = [sys.executable, "-m", "pyspark.find_spark_home"]
-    home = subprocess.run(submit, check=True, capture_output=True, text=True).stdout.strip()
-    words = ["--packages", PACKAGE, "--py-files", str(archive), str(alone), "probe", str(tmp_path / "table")]
+    find = [sys.executable, "-m", "pyspark.find_spark_home"]
+    home = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
+    conf = {**QUICK, "spark.hadoop.fs.s3a.secret.key": "planted-in-a-conf"}
+    given = [word for key, value in conf.items() for word in ("--conf", f"{key}={value}")]
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SPARK_HOME")}
-    done = subprocess.run(
-        [f"{home}/bin/spark-submit", "--master", "local[1]", *words],
-        cwd="/",
-        env={**clean, "PYSPARK_PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 3, done.stdout + done.stderr
-    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert (said["rows"], said["master"]) == (3, "local[1]")
-    assert "taosr1.zip/udfs/__init__.py" in said["worker"]
+    tables, model = tmp_path / "tables", tiny_model(tmp_path / "model")
+
+    def submitted(*words: str | Path) -> str:
+        command = [f"{home}/bin/spark-submit", "--master", "local[2,4]", *given, "--packages", PACKAGE]
+        done = subprocess.run(
+            [*command, "--py-files", archive, alone, *words, "--tables", tables],
+            cwd="/",
+            env={**clean, "PYSPARK_PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    said = submitted("ingest", "--pairs", a_file_of_pairs(tmp_path, products=2, queries=2))
+    said += submitted("rescore", "--model", model)
+    assert '"status": "done", "counts": {"seen": 4, "skipped": 0, "scored": 4, "refused": 0' in said
+    told = said + "".join(str(table(tables, name)) for name in ("runs", "models", "gates", "label_probs"))
+    assert "planted" not in told
 
 
 @pytest.mark.slow
