@@ -307,6 +307,11 @@ def test_the_space_before_a_field_belongs_to_its_first_word() -> None:
     assert made.query("red shoes").ids == [*ids("Query:").ids, *ids("red shoes").ids, *ids("<|im_end|>\n").ids]
 
 
+def test_a_turn_marker_of_another_models_chat_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"<\|start_header_id\|>, which is no token of this model"):
+        small([{"text": "<|start_header_id|>user"}, segment("title"), segment("query"), {"text": TAIL}])
+
+
 def test_the_golden_prompt_of_the_byte_tokenizer() -> None:
     prompt = small(
         [

@@ -67,7 +67,7 @@ def test_an_unknown_flag_stops_the_job_before_any_work(capsys: pytest.CaptureFix
     ("error", "status", "code"),
     [
         (ValueError("no such flag"), None, 2),
-        (ValueError("no such flag"), "done", 2),
+        (ValueError("the folder of the next model is gone"), "done", 1),
         (ValueError("of a batch"), "failed", 1),
         (RuntimeError("broken"), "failed", 1),
         (TooManyRefused("1,001 pairs"), "failed", 3),

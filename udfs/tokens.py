@@ -9,6 +9,7 @@ vocabulary may hold the same string, and a normaliser may rebuild it (NFKC makes
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,16 @@ def template_tokenizer(tokenizer_json: str) -> Tokenizer:
 
 
 def template_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of the template's own text: control tokens in it are meant."""
+    """Ids of the template's own text: control tokens in it are meant.
+
+    Raises ValueError for a turn marker such as <|im_start|> that this model does not know: it would read its letters.
+    """
+    foreign = [marker for marker in re.findall(r"<\|[^<>|\s]+\|>", text) if tokenizer.token_to_id(marker) is None]
+    if foreign:
+        raise ValueError(
+            f"the template says {foreign[0]}, which is no token of this model; write the turns of the chat that the "
+            "model was trained on, as its chat_template shows them"
+        )
     return tuple(_encoding(tokenizer, text).ids)
 
 
