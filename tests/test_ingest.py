@@ -615,6 +615,7 @@ def test_products_are_updated_in_all_their_pairs_field_by_field(
     assert versions(spark, root)["pairs"] == at["pairs"]
 
 
+@pytest.mark.slow
 def test_delete_removes_a_pair_or_a_product_and_leaves_gold_alone(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,6 +93,7 @@ def test_every_pair_gets_the_probabilities_of_its_own_prompt(spark: SparkSession
     assert run.engine_loads == 1
 
 
+@pytest.mark.slow
 def test_a_second_run_scores_only_the_pairs_of_a_changed_product(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
     rescore(spark, root, scoring())
@@ -210,6 +211,7 @@ def test_a_checkpoint_that_rested_longer_than_files_are_kept_is_begun_anew(
     assert run.counts["scored"] > 0
 
 
+@pytest.mark.slow
 def test_a_model_id_whose_folder_holds_another_model_now_is_refused(
     spark: SparkSession, root: str, tmp_path: Path
 ) -> None:

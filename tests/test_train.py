@@ -220,6 +220,7 @@ def _train(how: TrainSettings) -> None:
     train.launch(how, 1, label_at=0)
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
     base: Path, answers: Form, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ class Teaching:
         return write_chains.from_teacher(spark, root, self.what, self.prompt, self.asked, **more)
 
 
+@pytest.mark.slow
 def test_a_teachers_chains_are_kept_where_they_conclude_the_human_label(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
