@@ -13,7 +13,6 @@ where it stopped. Where pairs bear a weight, the heaviest products come first.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import signal
 import threading
@@ -762,6 +761,7 @@ class Night(Waves):
         shift = sum(abs(shares[label] - last["figures"][f"mix_{label}"]) for label in LABELS) / 2 if last else None
         pairs, old = (sum(row[name] for row in by_label) for name in ("pairs", "old"))
         noise = selfcheck.NOISE.get(self.run.dtype or "", 0.0)
+        most = self._allowed_refused if self.stays else self.max_refused
         looked = [
             (
                 "refused_share",
@@ -770,23 +770,13 @@ class Night(Waves):
                 "warn",
                 "of this run's rows have no label",
             ),
-            *(
-                [
-                    (
-                        "refused",
-                        float(refused),
-                        float(self._allowed_refused),
-                        "fail",
-                        "rows without a label (--max-refused)",
-                    )
-                ]
-                if math.isfinite(self._allowed_refused)
-                else []
-            ),
-            *(
-                [("candidates", float(failed), 0.0, "fail", "models beside this one (--also) whose runs failed")]
-                if (failed := counts.get("candidates_failed"))
-                else []
+            ("refused", float(refused), float(most), "fail", "rows without a label (--max-refused)"),
+            (
+                "candidates",
+                float(counts.get("candidates_failed", 0)),
+                0.0,
+                "fail",
+                "models of --also whose runs failed",
             ),
             ("outside_mass", self.run.p_outside, 0.2, "warn", "mean mass on anything but the four labels"),
             ("mix_shift", shift, 0.2, "warn", "of the likeliest labels moved against the run before"),
