@@ -113,9 +113,10 @@ class Chaos:
             print(f"chaos: turn {turn} over, killed so far: {dict(count)}; breaches: {len(self.breaches)}", flush=True)
         self.ended.set()
         reader.join()
-        if self.fired() and not self.merged():
+        merged = self.merged()
+        if self.fired() and not merged:
             self.breaches.append("no wave was merged: kills came too close to each other to test anything")
-        print(f"chaos: {self.merged()} commits of label_probs", *self.breaches[:20], sep="\n")
+        print(f"chaos: {merged} commits of label_probs", *self.breaches[:20], sep="\n")
         if recovered := self.recoveries():
             middle = statistics.median(recovered)
             print(

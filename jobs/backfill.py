@@ -137,7 +137,7 @@ def condition(pairs: DataFrame, text: str) -> Column:
         wanted = F.expr(text)
         plan: Any = pairs.where(wanted)._jdf.queryExecution().analyzed()
     except PySparkException as error:
-        raise ValueError(f"--where {text!r}: {str(error).strip().splitlines()[0]} {help_}") from error
+        raise ValueError(f"--where {text!r}: {runs.in_a_line(error)} {help_}") from error
     if plan.getClass().getSimpleName() != "Filter":  # _metadata puts a node of its own before the condition
         raise ValueError(f"--where {text!r}: only the columns of pairs can be asked for. {help_}")
     inside = [plan.expressions().apply(i) for i in range(plan.expressions().size())]

@@ -31,7 +31,7 @@ from pyspark.sql import functions as F
 import demo.catalogue
 from jobs import rescore
 from partitioner import engines
-from schemas import delta
+from schemas import delta, runs
 from schemas.tables import TABLES
 from udfs import adapter, selfcheck
 from udfs.decode import label_probs
@@ -184,19 +184,14 @@ def tables_of(spark: SparkSession, root: str) -> Iterator[tuple[str, tuple[bool,
         delta.try_to_write(spark, root)
         yield "storage", (False, f"{root} can be written")
     except Exception as error:  # whatever the storage throws
-        yield "storage", (True, f"{root}: {str(error).strip().splitlines()[0]}")
+        yield "storage", (True, f"{root}: {runs.in_a_line(error)}")
         return
     local = Path(root.removeprefix("file:")) if "://" not in root else None
     if local and local.exists():  # a plain path may be of HDFS
         free = shutil.disk_usage(local).free
-        yield (
-            "disk",
-            (
-                free < LEAST_DISK,
-                f"{free / 2**30:,.1f} GiB free; at least {LEAST_DISK / 2**30:.0f} is wanted"
-                + (f"; free some: maintain --tables {root}" if free < LEAST_DISK else ""),
-            ),
-        )
+        told = f"{free / 2**30:,.1f} GiB free; at least {LEAST_DISK / 2**30:.0f} is wanted"
+        full = free < LEAST_DISK
+        yield "disk", (full, f"{told}; free some: maintain --tables {root}" if full else told)
     there = [table for table in TABLES.values() if delta.exists(spark, root, table.name)]
     for table in there:
         if differences := delta.misfits(spark, root, table):
