@@ -180,7 +180,8 @@ class Chaos:
         job = self.random.choice(list(self.drivers))
         below = descendants(self.drivers[job].pid)
         at_work = [process for worker in self.workers for process in descendants(worker)] or below
-        if kind in ("driver", "executor") and time.monotonic() < self.lives[job]:
+        takes_driver = kind == "driver" or (kind == "executor" and not self.workers)
+        if takes_driver and time.monotonic() < self.lives[job]:
             return False
         if kind == "driver":
             found = [self.drivers[job].pid]

@@ -43,6 +43,7 @@ from udfs.score import Scoring
 
 ALLOWED = 1e-3  # |Δp| between engine and plain model, both in float32
 LEAST_DISK = 2 * 2**30
+_MEMORY = ("--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits")  # MiB
 Prompts = list[list[int]]
 T = TypeVar("T")
 
@@ -100,8 +101,8 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
         points.append(("model", False, told))
         points.append(("prompt", False, f"{what.prompt.prompt_id}, label tokens {what.prompt.label_ids}"))
         if not is_uri(what.model.source):  # each worker copies that one
-            path = what.model.path
-            points.append(("memory", *worker(spark, lambda: memory(path))))
+            path, gpus, share = what.model.path, args.tensor_parallel, args.gpu_memory
+            points.append(("memory", *worker(spark, lambda: memory(path, gpus, share))))
         if spark is not None and delta.exists(spark, args.tables, "models"):
             rescore.refuse_foreign_prompt(spark, args.tables, what)
             if active:
@@ -148,9 +149,7 @@ def _there(package: str) -> bool:
 
 def device() -> tuple[bool, str]:
     """GPUs, or the CPU, and whether the engine that is installed is made for it."""
-    listing = shutil.which("nvidia-smi")
-    listed = subprocess.run([listing, "-L"], capture_output=True, text=True).stdout if listing else ""  # noqa: S603
-    gpus = [line for line in listed.splitlines() if line.startswith("GPU")]
+    gpus = [line for line in nvidia_smi("-L") if line.startswith("GPU")]
     if gpus and not _there("vllm"):
         return True, f"{len(gpus)} GPU(s), but the engine is the one for CPUs; install: make ENGINE=cuda setup"
     if not gpus and _there("vllm"):
@@ -158,14 +157,30 @@ def device() -> tuple[bool, str]:
     return False, f"{len(gpus)} GPU(s)" if gpus else f"no GPU, {os.cpu_count()} CPU cores"
 
 
-def memory(folder: str) -> tuple[bool, str]:
-    """Whether the weights fit into this machine's memory, where there is no GPU."""
+def nvidia_smi(*words: str) -> list[str]:
+    """What the driver's own tool says of the GPUs, line by line; nothing where there is none."""
+    tool = shutil.which("nvidia-smi")
+    return subprocess.run([tool, *words], capture_output=True, text=True).stdout.splitlines() if tool else []  # noqa: S603
+
+
+def memory(folder: str, tensor_parallel: int, share: float) -> tuple[bool, str]:
+    """Whether the weights fit: into the `share` of a GPU that an engine takes of each of its GPUs; where there is none,
+    into this machine's memory."""
     weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     if not weights:
         return True, f"the model's folder {folder} is not on this machine; copy it there, or give --model a URI"
+    if gpus := [tuple(map(float, line.split(","))) for line in nvidia_smi(*_MEMORY) if line.count(",") == 1]:
+        free_enough = [total for total, free in gpus if free >= share * total]
+        each = weights / tensor_parallel / 2**20
+        told = f"weights {each / 1024:,.2f} GiB a GPU, {len(free_enough)} of {len(gpus)} GPU(s) with {share:.0%} free"
+        if len(free_enough) < tensor_parallel:
+            return True, f"{told}, which an engine takes; end what is on the others (nvidia-smi), or --gpu-memory X"
+        if each > (room := share * min(free_enough)):
+            return True, f"{told}; spread it over several: --tensor-parallel {-int(-weights / 2**20 // room)}"
+        return False, told
     free = available()
     told = f"weights {weights / 2**30:,.2f} GiB, {free / 2**30:,.1f} GiB of memory free here"
-    if device()[1].startswith("no GPU") and weights * 1.2 > free:
+    if weights * 1.2 > free:
         return True, f"{told}; free some, or use a machine with more"
     return False, told
 

@@ -1,7 +1,7 @@
 """Puts a version of thresholds, and with it its model and prompt, into force; also the way back.
 
-promote_thresholds --tables T --version V [--dry-run] [--max-shift 20%] [--max-missing 1%] [--reason "…"]
-    [--allow-engine "bfloat16, vllm 0.33.0 cpu"]
+promote_thresholds --tables T --version V [--dry-run] [--max-shift 20%] [--max-missing 1%] [--max-flips 50%]
+    [--reason "…"] [--allow-engine "bfloat16, vllm 0.33.0 cpu"]
 
 Shows first how many pairs change their tier, from what to what. The swap is one commit, and it compares: where someone
 else has put a version into force since this one looked, nothing is written.
@@ -19,6 +19,7 @@ from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.fit_thresholds import engines_of
+from jobs.probe import LEAST
 from partitioner import thresholds
 from partitioner.thresholds import Version
 from schemas import delta, runs
@@ -34,11 +35,13 @@ _LOST = "put into force meanwhile"
 class Gates:
     """What may be missing (share of pairs that the new version gives no tier) and change (share of the tiers) at most.
 
+    `flips`: share of what its model calls Irrelevant that words in a product's text may make Related (jobs/probe.py).
     `engines`: number type and engine, as thresholds.engines has them, that are let in beside those of the fit.
     """
 
     missing: float = 0.01
     shift: float = 0.2
+    flips: float = 0.5
     engines: tuple[str, ...] = ()
 
 
@@ -59,6 +62,11 @@ def main(argv: list[str]) -> int:
         help="refuse where more of the tiers would change or be lost (default 20%%)",
     )  # fmt: skip
     parser.add_argument(
+        "--max-flips", type=share, default=Gates.flips, metavar="X",
+        help="refuse where words written into their text made more of what the model calls Irrelevant Related or\n"
+        "better, as its last probe found (default 50%%)",
+    )  # fmt: skip
+    parser.add_argument(
         "--allow-engine", action="append", default=[], metavar="NAME",
         help="let in rows of an engine that the fit did not see (the refusal names it); kept with the reason; may be\n"
         "given again",
@@ -70,7 +78,7 @@ def main(argv: list[str]) -> int:
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     who = args.by_whom or getpass.getuser()
-    gates = Gates(args.max_missing, args.max_shift, tuple(args.allow_engine))
+    gates = Gates(args.max_missing, args.max_shift, args.max_flips, tuple(args.allow_engine))
     return promote(spark, args.tables, args.version, gates, who, args.reason, args.dry_run)
 
 
@@ -127,6 +135,7 @@ def promote(
             )
         if allowed := sorted((now - fitted) & set(gates.engines)):
             reason = f"{reason or 'no reason given'} (allowed beside the engines of the fit: {'; '.join(allowed)})"
+        refused += fooled(spark, root, new, gates)
         refusal = ". And ".join(refused)
         done = f"version {version} instead of {old.version if old else 'none'}, by {who}: {reason or 'no reason given'}"
         if refusal or dry_run:
@@ -244,6 +253,37 @@ def shifted(
             "and allow it with --max-shift"
         )
     return refused
+
+
+def fooled(spark: SparkSession, root: str, new: Version, gates: Gates) -> list[str]:
+    """Says what the last probe of the version's model found; returns why the gate refuses."""
+    flips = [f for f in last_probe(spark, root, new) if not f["segment"] and f["measure"].startswith("flips_")]
+    worst = max(flips, key=lambda f: float(f["value"]), default=None)
+    if worst is None:
+        print(f"{JOB}: how easily model {new.model_id} is fooled is not known; measure it: probe --tables {root}")
+        return []
+    found = f"{worst['value']:.2%} of {worst['n']:,} pairs that model {new.model_id} calls Irrelevant"
+    way = worst["measure"].removeprefix("flips_")
+    print(f"{JOB}: {found} became Related or better in the worst way of its last probe ({way})")
+    if worst["value"] <= gates.flips:
+        return []
+    return [
+        f"{found} became Related or better when a product's text was stuffed ({way}; see probe --help), allowed "
+        f"{gates.flips:.2%}; train it on such pairs, or allow more with --max-flips"
+    ]
+
+
+def last_probe(spark: SparkSession, root: str, of: Version) -> list[Row]:
+    """The measures of the last probe of a version's model and prompt that had `LEAST` pairs or more; empty where there
+    was none."""
+    probed = delta.read(spark, root, "runs").where((F.col("job") == "probe") & (F.col("status") == "done"))
+    probed = probed.where((F.col("model_id") == of.model_id) & (F.col("prompt_id") == of.prompt_id))
+    figures = delta.read(spark, root, "measures")
+    enough = figures.where((F.col("segment") == "") & (F.col("n") >= LEAST)).select("run_id")
+    last = probed.join(enough, "run_id", how="left_semi").orderBy(F.desc("started_at")).select("run_id").head()
+    if last is None:
+        return []
+    return figures.where(F.col("run_id") == last["run_id"]).orderBy("segment", "measure").collect()
 
 
 def _percent(part: int, whole: int) -> str:

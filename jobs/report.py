@@ -23,7 +23,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.fit_thresholds import Rows, Wanted, judged, local_rows, sampled
-from jobs.promote_thresholds import segment_column, tier_changes
+from jobs.promote_thresholds import last_probe, segment_column, tier_changes
 from partitioner import measures, thresholds
 from partitioner.thresholds import BOUNDARIES, Objective, Version
 from schemas import delta
@@ -107,6 +107,7 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
             *([calibration(sample, of)] if len(sample) else []),
             *shift(spark, root, stored, every, of),
             *by_segment(figures, wanted.name, of),
+            *fooled(last_probe(spark, root, of)),
             by_words(frame, tiers),
             disagreements(spark, root, frame, tiers),
         ]
@@ -338,6 +339,40 @@ def shift(spark: SparkSession, root: str, stored: DataFrame, every: dict[int, An
             Section("shift-by", "Where they change", say, chart, ("segment", "pairs", "changed", "share"), told)
         )
     return found
+
+
+def fooled(figures: Sequence[Any]) -> list[Section]:
+    """How much of what the model calls Irrelevant becomes Related or better when its text is stuffed."""
+    import altair as alt
+
+    flips = [f for f in figures if f["measure"].startswith("flips_")]
+    if not flips:
+        return []
+    rows = [
+        (
+            f["measure"].removeprefix("flips_"),
+            _cut(f["segment"] or "all", NAME),
+            f["value"],
+            f["low"],
+            f["high"],
+            f["n"],
+        )
+        for f in flips
+    ]
+    head = ("way", "category", "share", "low", "high", "pairs")
+    base = alt.Chart(_data(head, [row for row in rows if row[1] == "all"])).encode(
+        alt.Y("way:N", sort=None, title=None)
+    )
+    bars = base.mark_rule(strokeWidth=2).encode(alt.X("low:Q", title=None), alt.X2("high:Q"))
+    dots = base.mark_point(filled=True, size=70).encode(
+        alt.X("share:Q", axis=alt.Axis(format="%")), tooltip=["way:N", "share:Q", "pairs:Q"]
+    )
+    say = (
+        "Share of the pairs that the model calls Irrelevant which become Related or better when words are written into "
+        "the product's text (probe --help names the ways). Where sellers can write that text, train on such pairs "
+        "before the tiers are relied on."
+    )
+    return [Section("fooled", "How easily it is fooled", say, bars + dots, head, rows)]
 
 
 def by_segment(figures: Sequence[Any], cuts: str, of: Version) -> list[Section]:

@@ -384,9 +384,11 @@ def rescore(
                             raise Stopped(why)
                         break
             finally:
+                for one in nights:
+                    one.abandon()  # where an error or a Ctrl-C ends it; else there is nothing
                 query.stop()
             if not every:
-                night.with_candidates(Night.score_left)
+                night.score_left()
         crash("streamed")
     except BaseException as error:
         cause = night.error or error
@@ -530,6 +532,8 @@ class Night(Waves):
             def score(night: Night) -> None:
                 night.score_changed(changed, name)
                 if night.stays and time.monotonic() - night._looked > GATES_SECONDS:
+                    if night is self:  # a candidate need not have judged all pairs
+                        night.score_left(f"{name}-left")
                     night.look_at_gates()
                     night.run = replace(night.run, figures={k: v for k, v in night.run.figures.items() if k != ASKED})
 
@@ -580,15 +584,16 @@ class Night(Waves):
         """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
         self.score(self.pairs().join(changed, "pair_id", how="left_semi"), name, self.judged())
 
-    def score_left(self) -> None:
-        """Scores what the feed ended without: where rows of label_probs are lost, or an older version of a table was
+    def score_left(self, name: str = "left") -> None:
+        """Scores what the feed goes without: where rows of label_probs are lost, or an older version of a table was
         put back, its changes do not tell."""
         left = unjudged(self.pairs(), self.judged())
         if not left.isEmpty():
             print(
-                f"{self.run.job}: the feed of changes has ended, and some pairs are not judged as they are", flush=True
+                f"{self.run.job}: the feed of changes is worked off, and some pairs are not judged as they are",
+                flush=True,
             )
-            self.score(left, "left", self.judged())
+            self.score(left, name, self.judged())
 
     def score(self, seen: DataFrame, name: str, judged: DataFrame) -> prefix.Line:
         """Scores those of `seen` (of `pairs`) whose text is not in `judged`, most wanted first; returns their line."""

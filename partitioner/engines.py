@@ -33,7 +33,9 @@ from udfs.stream import Batches
 TOUCH_SECONDS = 25.0  # Spark looks every ten seconds for workers idle for sixty
 _GPUS = "spark.executor.resource.gpu.amount"
 _POOL = "spark.scheduler.pool"
-_working = threading.Lock()
+_GROUP = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
+_turn = threading.Condition()
+_at_work = 0  # threads whose tasks run in the engines' workers; -1 where one must be alone
 _used = -TOUCH_SECONDS  # when a task of the engines last ended
 
 
@@ -119,17 +121,18 @@ def _cores(spark: SparkSession) -> list[int]:
 
 
 @contextmanager
-def own_workers(spark: SparkSession) -> Iterator[None]:
+def own_workers(spark: SparkSession, beside: bool = False) -> Iterator[None]:
     """Python functions that this thread makes in here run in workers of their own, so that an engine is found again.
 
     Spark hands an idle Python worker to any task whose environment is the same; a tokenising task would take the
     worker with the engine, and the next scoring task would load another one. Their tasks run in here too, one thread's
-    at a time: a touch beside one would start a second worker, which the next might take. They are a pool of Spark's, so
-    that what was asked before them does not keep them waiting until it is all done.
+    at a time: a touch beside one would start a second worker, which the next might take. `beside`: tasks of other
+    threads that say so too may wait behind these, where `profile` lets one task at a time to each engine. They are a
+    pool of Spark's, so that what was asked before them does not keep them waiting until it is all done.
     """
     global _used
     context = spark.sparkContext
-    with _working:
+    with _turn_taken(beside and not is_local(spark)):
         if not isinstance(context.environment, _Environment):
             context.environment = _Environment(context.environment)
         own = context.environment.own
@@ -139,9 +142,55 @@ def own_workers(spark: SparkSession) -> Iterator[None]:
         try:
             yield
         finally:
-            context._jsc.setLocalProperty(_POOL, pool)  # the other one takes no None
+            context._jsc.setLocalProperty(_POOL, pool)
             own.entries = {}
             _used = time.monotonic()
+
+
+@contextmanager
+def _turn_taken(beside: bool) -> Iterator[None]:
+    global _at_work
+    with _turn:
+        _turn.wait_for(lambda: _at_work == 0 or (beside and _at_work > 0))
+        _at_work = _at_work + 1 if beside else -1
+    try:
+        yield
+    finally:
+        with _turn:
+            _at_work = _at_work - 1 if beside else 0
+            _turn.notify_all()
+
+
+@contextmanager
+def group(spark: SparkSession, name: str) -> Iterator[None]:
+    """Spark's jobs that this thread begins in here can be looked at and cancelled by the name."""
+    context = spark.sparkContext
+    before = {key: context.getLocalProperty(key) for key in _GROUP}
+    context.setJobGroup(name, name)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            context._jsc.setLocalProperty(key, value)  # the other one takes no None
+
+
+def cancel(spark: SparkSession, name: str) -> None:
+    """Cancels the jobs of a group, those that have not begun too; what made it needful is the error to tell."""
+    with suppress(Py4JError, OSError):
+        spark.sparkContext._jsc.sc().cancelJobGroupAndFutureJobs(name)
+
+
+def one_is_free(spark: SparkSession, group: str) -> bool:
+    """Whether an engine has done its share of the tasks of a job group and is not needed for another of them."""
+    tracker = spark.sparkContext.statusTracker()
+    jobs = [job for number in tracker.getJobIdsForGroup(group) if (job := tracker.getJobInfo(number))]
+    # A job of one stage sorts the shards' rows; in that of two the engines are asked.
+    asking = [tracker.getStageInfo(max(job.stageIds)) for job in jobs if len(job.stageIds) > 1]
+    return any(
+        stage.numCompletedTasks and stage.numCompletedTasks + stage.numActiveTasks >= stage.numTasks
+        for stage in asking
+        if stage
+    )
 
 
 def each(spark: SparkSession, tensor_parallel: int, task: Callable[[Batches], Batches]) -> None:
@@ -187,7 +236,7 @@ def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
 
     def touch() -> None:
         while not ended.wait(TOUCH_SECONDS):
-            if _working.locked() or time.monotonic() - _used < TOUCH_SECONDS:
+            if _at_work or time.monotonic() - _used < TOUCH_SECONDS:
                 continue
             try:
                 each(spark, tensor_parallel, _touched)

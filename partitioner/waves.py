@@ -13,9 +13,9 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -56,6 +56,20 @@ class Canary:
     p: list[float]
 
 
+@dataclass(frozen=True)
+class _Wave:
+    """An interval [begin, end) of a line that was put to the engines, and where its answers will lie."""
+
+    wave_id: str
+    rows: DataFrame
+    begin: int
+    end: int
+    shards: int
+    canaries: bool
+    loaded: int  # how often this run had ended its engines by then
+    landed: Future[str]
+
+
 class Stopped(Exception):
     """The run ends early, as asked; what is merged is kept, and the next run goes on from there."""
 
@@ -87,6 +101,9 @@ class Waves(ABC):
         # Wall time by what it went to; a run that goes on goes on counting.
         begun = {name.removeprefix("seconds_"): s for name, s in run.figures.items() if name.startswith("seconds_")}
         self.seconds: dict[str, float] = defaultdict(float, begun)
+        self._clock, self._ticked, self._at_work = threading.Lock(), 0.0, 0  # of the waves that are being asked
+        self._asked: deque[_Wave] = deque()  # not looked at yet
+        self._loaded = 0  # how often the engines were ended because a wave was wrong
         self._engines: set[str] = set()
         self._rate = 0.0  # tokens of work (of the line) per second and engine, as last measured
         self._work = run.figures.get("tokens_per_second", 0.0) * (run.engine_seconds or 0.0)  # tokens of work done
@@ -232,62 +249,118 @@ class Waves(ABC):
         self._rate *= line.length / (line.length + line.prompts * decoded * DECODE_COST)
 
     def run_line(self, line: prefix.Line, name: str) -> None:
-        """Puts a line to the engines in waves of about `WAVE_SECONDS`; each is merged while the next is asked.
+        """Puts a line to the engines in waves of about `WAVE_SECONDS`, each when an engine is free of the one before,
+        so that none waits for the slowest or for the driver. A wave is looked at and merged while the next is asked.
 
         Raises Stopped at the deadline, GaveUp where faults do not end, RuntimeError beyond `max_refused`.
         """
-        at, wave, done, began = 0, 0, 0, time.monotonic()
+        at, number, done, began = 0, 0, 0, time.monotonic()
         self._allowed_refused = self.max_refused + (self.run.counts.get("refused", 0) if self.stays else 0)
-        with ThreadPoolExecutor(1, "merge") as merger:
+        asked = self._asked
+        with ThreadPoolExecutor(2, "ask") as asker, ThreadPoolExecutor(1, "merge") as merger:
+
+            def put(begin: int) -> None:
+                nonlocal number
+                asked.append(self._put(line, begin, f"{self.run.run_id}-{name}-{number:04d}", asker))
+                number += 1
+
             try:
-                while at < line.length:
-                    if why := self.asked_to_stop():
-                        left = f"{line.prompts - done:,} of {line.prompts:,} pairs are left"
-                        raise Stopped(f"{why}; {left} for the next run")
-                    count = engines.count(self.spark, self.what.settings.tensor_parallel)
-                    width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * count))
-                    # A last wave of a few rows would cost a commit of its own.
-                    end = line.length if line.length - at < 1.25 * width else at + width
-                    wave_id = f"{self.run.run_id}-{name}-{wave:04d}"
-                    answered, figures = self.ask_wave(line, at, end, count, wave_id)
+                while at < line.length and not (self._end and not asked):
+                    if not asked:
+                        if why := self.asked_to_stop():
+                            left = f"{line.prompts - done:,} of {line.prompts:,} pairs are left"
+                            raise Stopped(f"{why}; {left} for the next run")
+                        put(at)
+                    wave = asked[0]
+                    self._until_one_is_free(wave)
+                    if wave.end < line.length and not (self._end or self.asked_to_stop()):
+                        put(wave.end)
+                    answered, figures = self._looked_at(line, wave)
                     self._settle()
                     if figures["rows"]:
-                        self._merging = (wave_id, figures, merger.submit(self._merge, answered, wave_id))
+                        self._merging = (wave.wave_id, figures, merger.submit(self._merge, answered, wave.wave_id))
                         done += int(figures["rows"])
-                    at, wave = end, wave + 1
-                    if self._end:
-                        raise self._end
+                    at = asked.popleft().end
                     seconds = time.monotonic() - began
                     print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
+                if self._end:
+                    raise self._end
             except (Stopped, GaveUp, TooManyRefused):
+                self.abandon()
                 self._not_reached(line, at)
                 raise
             finally:
+                self.abandon()
+                asked.clear()
                 self._settle()
         if done != line.prompts:
             raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
 
-    def ask_wave(
-        self, line: prefix.Line, begin: int, end: int, shards: int, wave_id: str
-    ) -> tuple[DataFrame, dict[str, Any]]:
-        """Puts the interval [begin, end) of the line to the engines; returns the landed answers and their figures.
+    def abandon(self) -> None:
+        """Cancels what the engines are being asked; where a thread waits for it, that fails."""
+        for wave in list(self._asked):
+            engines.cancel(self.spark, wave.wave_id)
+
+    def _put(self, line: prefix.Line, begin: int, wave_id: str, asker: ThreadPoolExecutor) -> _Wave:
+        """Has the next wave of the line put to the engines, from `begin` on."""
+        shards = engines.count(self.spark, self.what.settings.tensor_parallel)
+        width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * shards))
+        # A last wave of a few rows would cost a commit of its own.
+        end = line.length if line.length - begin < 1.25 * width else begin + width
+        riders = self._riders(line, end - begin, shards)
+        rows = line.shards(begin, end, shards, riders)
+        landed = asker.submit(self._land, rows, wave_id)
+        return _Wave(wave_id, rows, begin, end, shards, riders is not None, self._loaded, landed)
+
+    def _land(self, rows: DataFrame, wave_id: str) -> str:
+        """Asks the engines for a wave, beside the last answers of the one before; returns where its own lie."""
+        landed = delta.scratch(self.root, self.run.run_id, wave_id)
+        with engines.own_workers(self.spark, beside=True), self._asking(), engines.group(self.spark, wave_id):
+            self.ask(rows).write.parquet(landed, mode="overwrite")
+        crash("landed")
+        return landed
+
+    def _until_one_is_free(self, wave: _Wave) -> None:
+        """Waits until an engine has nothing left to do for this wave. Raises what the wave failed of."""
+        while not wave.landed.done() and not (wave.shards > 1 and engines.one_is_free(self.spark, wave.wave_id)):
+            wait([wave.landed], timeout=0.5)
+        if wave.landed.done():
+            wave.landed.result()
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Counts the wall time in which engines are asked: once where two waves are."""
+        self._tick(1)
+        try:
+            yield
+        finally:
+            self._tick(-1)
+
+    def _tick(self, more: int = 0) -> None:
+        with self._clock:
+            now = time.monotonic()
+            if self._at_work:
+                self.seconds["scoring"] += now - self._ticked
+            self._ticked, self._at_work = now, self._at_work + more
+
+    def _looked_at(self, line: prefix.Line, wave: _Wave) -> tuple[DataFrame, dict[str, Any]]:
+        """A wave's landed answers and their figures, when all of them are there.
 
         A wave in which a canary is off, or which is mostly no answers, is dropped and asked once more, of engines that
-        are loaded anew; raises GaveUp where that does not help.
+        are loaded anew; raises GaveUp where that does not help. One that was asked of the engines which were found
+        wrong behind it is asked once more in any case: it may have no canaries.
         """
-        riders, asked_beside = self._riders(line, end - begin, shards), 0
+        landed, asked_beside = wave.landed.result(), 0
+        if wave.loaded != self._loaded:
+            landed = self._land(wave.rows, f"{wave.wave_id}-anew")
         for again in (False, True):
-            landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-again" if again else wave_id)
-            with self.timed("scoring"), engines.own_workers(self.spark):
-                self.ask(line.shards(begin, end, shards, riders)).write.parquet(landed, mode="overwrite")
-            crash("landed")
             answered = self.spark.read.parquet(files.literal(landed))
             wrong = None
-            if riders is not None:
+            if wave.canaries:
                 wrong, asked_beside = self._off(answered.where("pair_id IS NULL"))
                 answered = answered.where("pair_id IS NOT NULL")
             if wrong is None:
-                answered = self.without_poison(line, answered, wave_id)
+                answered = self.without_poison(line, answered, wave.wave_id)
                 figures = self._figures(answered)
                 if asked_beside:
                     figures["computed"] = (figures["computed"] or 0) + asked_beside
@@ -304,11 +377,13 @@ class Waves(ABC):
                 )
             print(f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines", flush=True)
             self._count(waves_dropped=1)
+            self._loaded += 1
             engines.end(self.spark, self.what.settings.tensor_parallel)
+            landed = self._land(wave.rows, f"{wave.wave_id}-again")
         crash("checked")
         if figures["seconds"]:
-            self._rate = (end - begin) / figures["seconds"]
-        return answered, figures | {"work": end - begin if figures["seconds"] else 0}
+            self._rate = (wave.end - wave.begin) / figures["seconds"]
+        return answered, figures | {"work": wave.end - wave.begin if figures["seconds"] else 0}
 
     def _riders(self, line: prefix.Line, work: int, shards: int) -> DataFrame | None:
         """Canaries for each shard of a wave, as many as `CANARY_SHARE` of the tokens of work pays for: one before the
@@ -363,8 +438,11 @@ class Waves(ABC):
         if self._merging is None:
             return
         (wave_id, figures, merged), self._merging = self._merging, None
-        with self.timed("commit_waited"):
-            merged.result()
+        self._tick()
+        began, asked = time.monotonic(), self.seconds["scoring"]
+        merged.result()
+        self._tick()
+        self.seconds["commit_waited"] += time.monotonic() - began - (self.seconds["scoring"] - asked)
         self._tally(figures)
         crash("told")
         for name in delta.inside(self.spark, delta.scratch(self.root, self.run.run_id, "")):
@@ -398,16 +476,16 @@ class Waves(ABC):
         deaths, level, few = len(suspects), 0, max(1, POISONS // 2)
         answered = answered.where(~died)
         while suspects and not self._end:
-            if why := self.asked_to_stop():
-                self._end = Stopped(f"{why}, while the prompt was looked for that engines die of")
-                break
             print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
             now, later = suspects[:few], suspects[few:]
             pieces = dict(enumerate(half for stretch in now for half in prefix.halves(stretch)))
             landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
             # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
             at_once = 1 if engines.is_local(self.spark) else len(pieces)
-            with self.timed("scoring"), engines.own_workers(self.spark):
+            with engines.own_workers(self.spark), self._asking():
+                if why := self.asked_to_stop():
+                    self._end = Stopped(f"{why}, while the prompt was looked for that engines die of")
+                    break
                 for first in range(0, len(pieces), at_once):
                     some = {number: pieces[number] for number in range(first, min(first + at_once, len(pieces)))}
                     # What an earlier search of this wave landed is gone with the wave.
@@ -481,6 +559,7 @@ class Waves(ABC):
         """Wall time by what it went to, into the run's figures. seconds_scoring is all the time that engines were
         asked; of it, a mean engine was loading (startup), at work (engine), or waiting (idle). commit_waited is the
         part of commit that did not overlap with scoring. other: the driver's own time between these, engines idle."""
+        self._tick()
         busy = (self.run.engine_seconds or 0.0) / max(1, engines.count(self.spark, self.what.settings.tensor_parallel))
         idle = max(0.0, self.seconds["scoring"] - self.seconds["startup"] - busy)
         # A time that is read back is this machine's, without a zone.

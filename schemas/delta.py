@@ -48,6 +48,8 @@ CONF = {
     "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
     # Tasks of the engines (a pool of their own, see partitioner/engines.py) come between those of a long planning.
     "spark.scheduler.mode": "FAIR",
+    # A shard does not wait three seconds for the machine where most of its rows lie while an engine is free.
+    "spark.locality.wait": "0s",
     # A stream that stays commits a few rows a minute: from 50 small files on, a commit puts them together.
     "spark.databricks.delta.autoCompact.enabled": "true",
     "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",

@@ -440,13 +440,18 @@ MEASURES = Table(
             "What cut: one, boundary, score (weighted score), argmax, raw, scaled, or one_by_…, boundary_by_…",
             True,
         ),
-        Col("split", "STRING", "out_of_fold, test, or fit: which judged pairs", True),
+        Col(
+            "split",
+            "STRING",
+            "out_of_fold, test, or fit: which judged pairs; probe: what a model that is to be fooled says",
+            True,
+        ),
         Col("segment", "STRING", "The segment, empty: all", True),
         Col(
             "measure",
             "STRING",
             "macro_f1, accuracy, kappa, cost, f1_…, precision_…, recall_…, log_loss, ece_…, guard_…, "
-            "confusion_<label>_<tier>, …_minus_<cuts>, a requirement as it was written",
+            "confusion_<label>_<tier>, …_minus_<cuts>, a requirement as it was written; of a probe flips_… and lift_…",
             True,
         ),
         Col("value", "DOUBLE", "The figure; null where it is not defined"),

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from schemas.labels import LABELS, NAMES
 from schemas.runs import _born
 from tests.models import PROMPT, tiny_tokenizer
@@ -226,6 +228,55 @@ def load_falling(settings: EngineSettings) -> Engine:
     """The falling engine of this worker process."""
     if settings not in _loaded:
         _loaded[settings] = FallingEngine(settings)
+    return _loaded[settings]
+
+
+class BelievingEngine(FakeEngine):
+    """Calls everything Irrelevant but what has the query's words once more in its text: that is Related."""
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        tokenizer = Tokenizer.from_str(tiny_tokenizer())
+        for index, ids in enumerate(p for p in prompts if p is not None):
+            self.busy_seconds += 0.001
+            text, _, query = tokenizer.decode(list(ids)).rpartition("Query: ")
+            p = (0.1, 0.6, 0.1, 0.2) if query.partition("\n")[0] in text else (0.1, 0.1, 0.1, 0.7)
+            yield Answer(index, tuple(map(math.log, p)), 0)
+
+
+def load_believing(settings: EngineSettings) -> Engine:
+    """The believing engine of this worker process."""
+    if settings not in _loaded:
+        _loaded[settings] = BelievingEngine(settings)
+    return _loaded[settings]
+
+
+class UnevenEngine(FakeEngine):
+    """Slow on worker 0 of a cluster; the file `asked` of its folder (`settings.model`) tells of each shard."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.asked = Path(settings.model) / "asked"
+        self.slow = "worker0" in os.getcwd()
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        began = time.time()
+        for answer in super().answers(prompts, label_ids, ahead):
+            if self.slow:
+                time.sleep(0.3)
+            yield answer
+        if answer.index >= 12:  # no shard of the first-use check or of the noise sample
+            with open(self.asked, "a") as asked:
+                asked.write(json.dumps({"slow": self.slow, "began": began, "ended": time.time()}) + "\n")
+
+
+def load_uneven(settings: EngineSettings) -> Engine:
+    """The uneven engine of this worker process."""
+    if settings not in _loaded:
+        _loaded[settings] = UnevenEngine(settings)
     return _loaded[settings]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,24 @@ def test_a_root_that_is_a_file_is_no_storage(spark: SparkSession, tmp_path: Path
 def test_blocked_is_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main(["--model", str(tmp_path)]) == 3
     assert "check: blocked, 1 of 3 points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("listed", "gpus", "told"),
+    [
+        (["81559, 81000", "81559, 80000"], 1, None),
+        (["81559, 81000", "81559, 20000"], 1, None),
+        (["81559, 81000", "81559, 20000"], 2, r"1 of 2 GPU\(s\) with 90% free, which an engine takes; end what is on"),
+        (["1024, 1000", "1024, 1000"], 2, r"weights 1\.00 GiB a GPU, .*several: --tensor-parallel 3"),
+        ([], 1, None),
+    ],
+)
+def test_weights_that_do_not_fit_on_a_gpu_are_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: list[str], gpus: int, told: str | None
+) -> None:
+    with open(tmp_path / "model.safetensors", "wb") as weights:
+        weights.truncate(2 * 2**30)
+    monkeypatch.setattr(check, "nvidia_smi", lambda *_: listed)
+    blocked, found = check.memory(str(tmp_path), gpus, 0.9)
+    assert blocked == (told is not None)
+    assert re.search(told or "weights 2", found)

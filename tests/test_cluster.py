@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import cluster as standalone
+from tests import invariants
 from tests.cluster import cluster
 from tests.conftest import REPO
 
@@ -46,6 +47,41 @@ assert not gpus or engines.count(spark, gpus) == 2
 assert profile is None or profile.id == engines.profile(spark, gpus).id
 said = spark.range(0, 100, 1, 6).mapInArrow(task, "said string", profile=profile).collect()
 print(json.dumps([json.loads(row.said) for row in said]))
+"""
+
+# A night whose engines are of unlike speed.
+NIGHT = """
+import json, sys, time
+from dataclasses import replace
+from jobs.backfill import backfill
+from partitioner import prefix, waves
+from schemas import delta
+from tests.conftest import QUICK
+from tests.engines import load_uneven
+from tests.test_rescore import put, scoring
+
+master, root, folder = sys.argv[1:]
+waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 2000
+conf = {"spark.driver.host": "127.0.0.1", "spark.executor.resource.gpu.amount": "1", "spark.executor.memory": "1g"}
+spark = delta.session("night", {**QUICK, **conf, "spark.master": master})
+until = time.time() + 60
+while spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() < 3 and time.time() < until:
+    time.sleep(0.1)
+put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(60)])
+what = scoring()
+what = replace(what, settings=replace(what.settings, model=folder), load_engine=load_uneven)
+asked, land = [], waves.Waves._land
+
+def landed(night, rows, wave_id):
+    began = time.time()
+    where = land(night, rows, wave_id)
+    asked.append((began, time.time()))
+    return where
+
+waves.Waves._land = landed
+run = backfill(spark, root, what)
+told = {"counts": run.counts, "waves": run.waves, "loads": run.engine_loads, "asked": sorted(asked)}
+print(json.dumps({**told, **run.figures}))
 """
 
 
@@ -101,6 +137,34 @@ def test_an_executor_runs_one_scoring_task_at_a_time_which_has_all_gpus_of_its_e
         assert len({task["worker"] for task in said if tuple(sorted(task["gpus"])) == own}) == 1
         # Two cores would have let two of them run side by side.
         assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(times))
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_done_with_its_shard_goes_on_with_the_next_wave_while_another_is_slow(tmp_path: Path) -> None:
+    root = tmp_path / "tables"
+    with cluster(tmp_path / "cluster", cores=2, gpus=1) as running:
+        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(tmp_path)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-6000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["counts"]["scored"] == 240
+    assert told["loads"] == 2
+    assert told["waves"] > 3
+    asked = sorted(
+        map(json.loads, (tmp_path / "asked").read_text().splitlines()), key=lambda task: float(task["began"])
+    )
+    slow, fast = ([task for task in asked if task["slow"] is kind] for kind in (True, False))
+    for own in (slow, fast):  # one task at a time
+        assert all(one["ended"] <= other["began"] for one, other in itertools.pairwise(own))
+    assert len(slow) > 1
+    assert len(fast) > 2
+    # Shards are of equal work: when the fast one is done with its own, the next wave is put beside the slow one's.
+    beside = [following < ended for (_, ended), (following, _) in itertools.pairwise(told["asked"])]
+    assert sum(beside) >= len(beside) / 2
+    # What the engines were asked is counted once where two waves were.
+    assert told["seconds_scoring"] <= told["seconds_total"]
+    assert told["seconds_other"] >= 0
+    assert not invariants.audit(str(root), "0123456789abcdef") + invariants.left(str(root))
 
 
 @pytest.mark.slow

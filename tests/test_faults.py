@@ -227,16 +227,32 @@ def test_where_more_pairs_kill_engines_than_a_run_looks_for_each_start_has_fewer
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [None, "1 second"])
 def test_rows_that_are_lost_behind_the_feed_of_changes_are_scored_again(
-    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession,
+    root: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    every: str | None,
 ) -> None:
     put(spark, root, PRODUCTS)
     rescore(spark, root, scoring())
     lost = probs(spark, root).where("product_id = 'k1'").select("pair_id").localCheckpoint()
     delta.delete(spark, root, "label_probs", lost, ("pair_id",))
-    run = rescore(spark, root, scoring())
-    assert run.counts["scored"] == 4
-    assert "the feed of changes has ended, and some pairs are not judged as they are" in capsys.readouterr().out
+    if every:  # a stream looks with its gates, and here ends with them
+        put(spark, root, [("n1", "A new kettle", {}, None)])
+        monkeypatch.setattr(job, "GATES_SECONDS", 0.0)
+        monkeypatch.setattr(job, "FOLLOWED_SECONDS", 1)
+        look = job.Night.look_at_gates
+
+        def looked(night: job.Night) -> None:
+            look(night)
+            night.deadline = datetime.now()
+
+        monkeypatch.setattr(job.Night, "look_at_gates", looked)
+    run = rescore(spark, root, scoring(), every=every)
+    assert run.counts["scored"] == (8 if every else 4)
+    assert "the feed of changes is worked off, and some pairs are not judged as they are" in capsys.readouterr().out
     assert not invariants.audit(root, MODEL)
 
 
@@ -289,24 +305,35 @@ def test_a_kill_at_each_step_is_made_good_by_the_next_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("case", ["one wave", "several waves", "fresh ones fall too"])
 def test_a_wave_in_which_a_canary_is_off_is_dropped_and_asked_again_of_a_fresh_engine(
-    spark: SparkSession, root: str, tmp_path: Path, always: bool, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession, root: str, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(30)])
     (tmp_path / "after").write_text("60")  # past the check of first use, inside the first wave
-    if always:
+    if case == "fresh ones fall too":
         (tmp_path / "always").touch()
+    if case == "several waves":  # canaries in the first alone: the second is asked of the same engine
+        riders = job.Night._riders
+
+        def in_the_first(night: job.Night, *rest: Any) -> Any:
+            monkeypatch.setattr(job.Night, "_riders", lambda *_: None)
+            return riders(night, *rest)
+
+        monkeypatch.setattr(job.Night, "_riders", in_the_first)
+        monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
+        monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
     monkeypatch.setattr(waves, "CANARY_SHARE", 0.2)  # else a night of 120 pairs pays for none
     settings = EngineSettings(model=str(tmp_path), max_model_len=512)
     what = replace(scoring(), settings=settings, load_engine=load_falling)
-    if always:
+    if case == "fresh ones fall too":
         with pytest.raises(delta.GaveUp, match=r"a canary's probabilities are off by .* with engines loaded anew too"):
             rescore(spark, root, what)
         assert not invariants.table(root, "label_probs")
         return
     run = rescore(spark, root, what)
     assert (run.status, run.counts["scored"], run.counts["waves_dropped"]) == ("done", 120, 1)
+    assert (run.waves or 0) > 2 if case == "several waves" else run.waves == 1
     assert run.figures["canaries_max_dp"] > 0.01
     render = Renderer(what.prompt)
     for row in invariants.table(root, "label_probs"):

@@ -32,7 +32,7 @@ def main(argv):
     return int(argv[0]) if argv else 0
 '''
 # A job that asks Spark and a worker.
-PROBE = '''"""Says where it ran."""
+LOOK = '''"""Says where it ran."""
 import json
 from schemas import delta
 
@@ -42,7 +42,7 @@ def where(batches):
         yield pyarrow.RecordBatch.from_pydict({"file": [udfs.__file__]})
 
 def main(argv):
-    spark = delta.session("probe")
+    spark = delta.session("look")
     worker = spark.range(1).mapInArrow(where, "file string").collect()[0].file
     spark.range(3).write.format("delta").save(argv[0])
     rows = spark.read.format("delta").load(argv[0]).count()
@@ -63,7 +63,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("spark-submit.sh", "log4j2.properties", "demo/prompt.json"):
         shutil.copy(REPO / name, copy / name)
     (copy / "jobs" / "echo.py").write_text(ECHO)
-    (copy / "jobs" / "probe.py").write_text(PROBE)
+    (copy / "jobs" / "look.py").write_text(LOOK)
     return copy
 
 
@@ -212,7 +212,7 @@ def test_the_archive_holds_the_code_alone_and_equal_code_makes_equal_bytes(check
 
 @pytest.mark.slow
 def test_a_job_runs_on_spark_with_delta_and_its_workers_have_the_code(checkout: Path, tmp_path: Path) -> None:
-    done = run(checkout, "--conf", "spark.sql.shuffle.partitions=3", "probe", str(tmp_path / "table of three"))
+    done = run(checkout, "--conf", "spark.sql.shuffle.partitions=3", "look", str(tmp_path / "table of three"))
     assert done.returncode == 3, done.stderr
     said = json.loads(done.stdout.splitlines()[0])
     assert said["master"] == "local[*,4]"
