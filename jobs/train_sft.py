@@ -252,8 +252,8 @@ def train(
                 "prompt_id": lesson.prompt.prompt_id,
                 "order": lesson.form.order,
                 "trained_on": sorted({*lesson.trained_on, *sources(spark, args)}),
-                "data_hash": land(how, data, parent=lesson.parent.weights_hash, base=lesson.base_hash),
-                "settings": how.recipe(),
+                "data_hash": land(how, data, args.processes, parent=lesson.parent.weights_hash, base=lesson.base_hash),
+                "settings": {**how.recipe(), "processes": args.processes},
             }
             figures = launch(how, args.processes, not engines.is_local(spark), **more)
             shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")

@@ -72,6 +72,20 @@ def test_executors_of_unlike_cores_are_used_all_or_refused(
         engines.count(spark, 1)
 
 
+@pytest.mark.parametrize(("asked", "told"), [(2, "more GPUs than an executor has"), (1, None), (0, "fewer GPUs")])
+def test_an_engine_takes_all_gpus_of_its_executor_or_is_refused(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch, asked: int, told: str | None
+) -> None:
+    monkeypatch.setattr(engines, "is_local", lambda _: False)
+    monkeypatch.setattr(engines, "_cores", lambda _: [8, 8, 2])
+    monkeypatch.setattr(engines, "gpus_per_executor", lambda _: 1)
+    if told is None:
+        assert engines.count(spark, asked) == 3
+        return
+    with pytest.raises(ValueError, match=rf"--tensor-parallel {asked} asks for {told}.*gpu\.amount={asked}"):
+        engines.count(spark, asked)
+
+
 @pytest.mark.parametrize(
     ("master", "failures", "mend"),
     [

@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 from deltalake import DeltaTable
+from pyspark.sql import SparkSession
 
+from jobs import check
+from schemas.labels import P_COLUMNS
 from tests.cluster import cluster
 from tests.conftest import QUICK, REPO
 from tests.models import tiny_model
+from tests.test_rescore import QUERIES, put
+from udfs import selfcheck
+from udfs.model import inspect
+from udfs.prompt import load
 
 
 def submit(*words: str | Path, timeout: int = 540) -> str:
@@ -66,26 +73,30 @@ CONF = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", [False, True], ids=["plain", "gpu"])
-def test_each_executor_scores_its_own_shard_with_one_engine(tmp_path: Path, gpu: bool) -> None:
+def test_each_executor_scores_its_own_shard_with_one_engine(
+    spark: SparkSession, root: str, tmp_path: Path, gpu: bool
+) -> None:
     model = tiny_model(tmp_path / "model")
-    root = tmp_path / "tables"
-    submit("ingest", "--tables", root, "--pairs", a_file_of_pairs(tmp_path))
+    text = "boils water for {} cups of tea in three minutes. "
+    put(spark, root, [(f"k{i}", f"Steel kettle no. {i}", {}, text.format(i) * 6) for i in range(40)], QUERIES)
     conf = [*CONF, *(("--conf", "spark.executor.resource.gpu.amount=1") if gpu else ())]
+    flags = ["--tables", root, "--model", str(model), "--dtype", "float32"]
     # Two cores a worker: were it not for the profile, two scoring tasks would run side by side in an executor.
     with cluster(tmp_path / "cluster", cores=2, gpus=int(gpu)) as running:
-        said = submit("--master", running.master, *conf, "rescore", "--tables", root, "--model", model)
-    assert "240 scored" in said
-    (run,) = (row for row in table(root, "runs") if row["job"] == "rescore")
+        said = submit("--master", running.master, *conf, "rescore", *flags)
+    assert "160 scored" in said
+    (run,) = (row for row in table(Path(root), "runs") if row["job"] == "rescore")
     assert (run["status"], run["engine_loads"]) == ("done", 2)
-    rows = table(root, "label_probs")
-    assert len({row["pair_id"] for row in rows}) == len(rows) == 240
+    rows = {row["pair_id"]: row for row in table(Path(root), "label_probs")}
+    assert len(rows) == len(table(Path(root), "label_probs")) == 160
     if not gpu:
-        # The same pairs on this machine alone give the same probabilities, up to the noise of another batch.
-        alone = tmp_path / "alone"
-        submit("ingest", "--tables", alone, "--pairs", tmp_path / "pairs.jsonl")
-        submit("rescore", "--tables", alone, "--model", model)
-        here = {row["pair_id"]: row["p_excellent"] for row in table(alone, "label_probs")}
-        assert max(abs(row["p_excellent"] - here[row["pair_id"]]) for row in rows) < 1e-4
+        looked = inspect(str(model))
+        prompt = load(looked.prompt_file or "", looked.tokenizer_json, looked.vocab_size)
+        pairs = table(Path(root), "pairs")
+        asked = check.prompts(prompt, [{**pair, "attributes": dict(pair["attributes"] or {})} for pair in pairs])
+        plain = check.plain_model(str(model), asked, prompt.label_ids)
+        engine = [[rows[pair["pair_id"]][p] for p in P_COLUMNS] for pair in pairs]
+        assert selfcheck.largest_difference(plain, engine) < 1e-3
     else:
         # Spark does not set CUDA_VISIBLE_DEVICES by itself: each engine saw its own made-up address.
         logs = "".join(f.read_text(errors="replace") for f in (tmp_path / "cluster").rglob("stderr"))
@@ -93,19 +104,6 @@ def test_each_executor_scores_its_own_shard_with_one_engine(tmp_path: Path, gpu:
         assert "CUDA_VISIBLE_DEVICES=11" in logs
     left = [pid for pid in os.listdir("/proc") if pid.isdigit() and str(tmp_path / "cluster") in environment(pid)]
     assert not left
-
-
-@pytest.mark.slow
-def test_more_gpus_than_an_executor_has_is_an_error_before_any_scoring(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model")
-    root = tmp_path / "tables"
-    submit("ingest", "--tables", root, "--pairs", a_file_of_pairs(tmp_path, products=2, queries=1))
-    with cluster(tmp_path / "cluster", gpus=1) as running:
-        words = ["--master", running.master, *CONF, "--conf", "spark.executor.resource.gpu.amount=1", "rescore"]
-        words += ["--tables", str(root), "--model", str(model), "--tensor-parallel", "2"]
-        ended = submitted(words, timeout=300)
-    assert ended.returncode == 2
-    assert "--tensor-parallel 2 asks for more GPUs than an executor has (1)" in ended.stderr
 
 
 def environment(pid: str) -> str:

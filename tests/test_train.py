@@ -383,6 +383,8 @@ def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Fo
         train.land(settings(base, tmp_path), lessons(answers, 4), parent="another's")
     with pytest.raises(ValueError, match="differs in learning_rate"):
         train.land(settings(base, tmp_path, learning_rate=1.0), lessons(answers, 4))
+    with pytest.raises(ValueError, match="differs in processes"):
+        train.land(settings(base, tmp_path), lessons(answers, 4), processes=2)
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (3, [1, 2, 3])])

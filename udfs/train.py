@@ -85,18 +85,25 @@ class TrainSettings:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("base", "out", "adapter")}
 
 
-def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], **weights: str) -> str:
+def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], processes: int = 1, **weights: str) -> str:
     """Writes the rows of a stage into its out folder; returns their hash.
 
-    `weights`: hashes of what is trained on. Raises ValueError where the folder holds another training: its checkpoints
-    would go on with other rows, or with what was made from another parent.
+    `processes`: each has its own share of a step's sequences and its own random state. `weights`: hashes of what is
+    trained on. Raises ValueError where the folder holds another training: its checkpoints would go on with other rows,
+    or with what was made from another parent.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     data_hash = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     plan: dict[str, Any] = json.loads(
-        json.dumps({"data_hash": data_hash, "weights": weights, "settings": dataclasses.asdict(settings)})
+        json.dumps(
+            {
+                "data_hash": data_hash,
+                "weights": weights,
+                "settings": {**dataclasses.asdict(settings), "processes": processes},
+            }
+        )
     )
     file = Path(settings.out) / PLAN
     if file.is_file() and (was := json.loads(file.read_text(encoding="utf-8"))) != plan:
