@@ -42,9 +42,9 @@ def task(batches):
     yield pyarrow.RecordBatch.from_pydict({"said": [json.dumps(said)]})
 
 gpus = int(sys.argv[2])
-profile = engines.profile(spark, gpus) if gpus else None
-assert not gpus or engines.count(spark, gpus) == 2
-assert profile is None or profile.id == engines.profile(spark, gpus).id
+profile = engines.profile(spark, gpus)
+assert engines.count(spark, gpus) == 2
+assert profile.id == engines.profile(spark, gpus).id
 said = spark.range(0, 100, 1, 6).mapInArrow(task, "said string", profile=profile).collect()
 print(json.dumps([json.loads(row.said) for row in said]))
 """
@@ -113,24 +113,15 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_job_runs_on_both_workers_and_nothing_of_the_cluster_is_left(tmp_path: Path) -> None:
-    with cluster(tmp_path) as running:
-        said = tasks(running.master, 0)
-        assert len({task["worker"] for task in said}) == 2
-        assert all(task["worker"].startswith(str(tmp_path)) for task in said)
+def test_an_executor_runs_one_scoring_task_at_a_time_which_has_all_gpus_of_its_engine_and_nothing_is_left(
+    tmp_path: Path,
+) -> None:
+    with cluster(tmp_path, cores=2, gpus=2) as running:
+        said = tasks(running.master, 2, "spark.executor.resource.gpu.amount=2")
         started = [*running.processes(0), *running.processes(1)]
         assert set(running.workers) <= set(started)
     assert not [pid for pid in started if alive(pid)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_an_executor_runs_one_scoring_task_at_a_time_which_has_all_gpus_of_its_engine(
-    tmp_path: Path, gpus: int
-) -> None:
-    with cluster(tmp_path, cores=2, gpus=gpus) as running:
-        said = tasks(running.master, gpus, f"spark.executor.resource.gpu.amount={gpus}")
-    sets = [("10",), ("11",)] if gpus == 1 else [("10", "20"), ("11", "21")]
+    sets = [("10", "20"), ("11", "21")]
     assert {tuple(sorted(task["gpus"])) for task in said} == set(sets)
     for own in sets:
         times = sorted((task["began"], task["ended"]) for task in said if tuple(sorted(task["gpus"])) == own)

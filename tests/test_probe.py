@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from pyspark.sql import Row, SparkSession
 
 from jobs.probe import AS_IT_IS, measured, probe, stuffed
-from jobs.promote_thresholds import Gates, promote
+from jobs.promote_thresholds import Gates, last_probe, promote
 from jobs.report import fooled
 from jobs.rescore import rescore
+from partitioner import thresholds
 from schemas import delta, runs
 from schemas.labels import P_COLUMNS
 from tests import invariants
 from tests.engines import load_believing
-from tests.judged import cuts, fill
+from tests.judged import MODEL, NOW, PROMPT, cuts, fill, run
 from tests.test_rescore import PRODUCTS, put, scoring
 
 LOW, HIGH = (0.1, 0.1, 0.1, 0.7), (0.1, 0.6, 0.1, 0.2)
@@ -37,14 +39,10 @@ def test_words_that_fool_the_model_are_measured_and_stop_its_promotion(
     assert promote(spark, root, 1, dry_run=True) == 0
     assert "how easily model 0123456789abcdef is fooled is not known; measure it: probe" in capsys.readouterr().out
 
-    probe(spark, root, what, pairs=10)
-    said = capsys.readouterr().out
-    assert "too few for a promotion to look at: 20 are wanted" in said
-    assert promote(spark, root, 1, dry_run=True) == 0
-    run = probe(spark, root, what, pairs=24)
-    assert (run.status, run.counts["seen"], run.counts["scored"]) == ("done", 24, 24 * 8)
+    probed = probe(spark, root, what, pairs=24)
+    assert (probed.status, probed.counts["seen"], probed.counts["scored"]) == ("done", 24, 24 * 8)
     assert "flips_words_1        1.000 [1.000, 1.000]  24 pairs" in capsys.readouterr().out
-    every = [row for row in invariants.table(root, "measures") if row["run_id"] == run.run_id]
+    every = [row for row in invariants.table(root, "measures") if row["run_id"] == probed.run_id]
     assert {row["segment"] for row in every} == {"", "Kitchen"}
     rows = {row["measure"]: row for row in every if not row["segment"]}
     found = {name: row["value"] for name, row in rows.items() if name.startswith("flips_")}
@@ -62,6 +60,19 @@ def test_words_that_fool_the_model_are_measured_and_stop_its_promotion(
     assert promote(spark, root, 1, Gates(flips=1.0)) == 0
     (section,) = fooled([Row(**row) for row in every])
     assert ("words_1", "all", 1.0, 1.0, 1.0, 24) in section.rows
+
+
+@pytest.mark.slow
+def test_a_probe_of_few_pairs_does_not_hide_the_one_before_it(spark: SparkSession, root: str) -> None:
+    fill(spark, root, "thresholds", cuts(1, {"": (0.5,) * 3}))
+    version = thresholds.version_of(delta.read(spark, root, "thresholds").collect())
+    for n, (pairs, share) in enumerate([(100, 0.7), (19, 0.0), (30, None)]):
+        probed = {**run(f"p{n}"), "job": "probe", "model_id": MODEL, "prompt_id": PROMPT}
+        fill(spark, root, "runs", [{**probed, "started_at": NOW + timedelta(days=n)}])
+        row = {"run_id": f"p{n}", "cuts": "argmax", "split": "probe", "segment": "", "measure": "flips_order"}
+        if share is not None:
+            fill(spark, root, "measures", [{**row, "value": share, "n": pairs}])
+    assert [(row["run_id"], row["value"]) for row in last_probe(spark, root, version)] == [("p0", 0.7)]
 
 
 def test_a_model_that_calls_nothing_irrelevant_has_nothing_to_probe(spark: SparkSession, root: str) -> None:
