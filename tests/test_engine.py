@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import REPO
 from tests.models import tiny_model
-from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, vllm_arguments
+from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, number_type, vllm_arguments
 
 
 def python(script: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -30,6 +30,24 @@ def python(script: str, *arguments: str, timeout: float = 240) -> subprocess.Com
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_cpu", "flags", "meant"),
+    [
+        ("auto", True, "fma avx2", "float32"),
+        ("auto", True, "avx512f avx512_bf16", "auto"),
+        ("auto", True, "asimd bf16", "auto"),
+        ("auto", False, "fma avx2", "auto"),
+        ("bfloat16", True, "fma avx2", "bfloat16"),
+    ],
+)
+def test_a_cpu_without_bfloat16_computes_in_float32_unless_told_otherwise(
+    tmp_path: Path, asked: str, on_cpu: bool, flags: str, meant: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert number_type(asked, on_cpu, str(tmp_path / "cpuinfo")) == meant
+    assert number_type(asked, on_cpu, "/nowhere") == asked
 
 
 def test_a_hang_ends_the_process_and_says_where_it_stood() -> None:
