@@ -121,8 +121,7 @@ class Reasoning(Waves):
         started = time.monotonic()
         what = self.what
         mine = (F.col("model_id") == what.model.model_id) & (F.col("prompt_id") == what.prompt.prompt_id)
-        probs = delta.read(self.spark, self.root, "label_probs").where(mine)
-        probs = probs.select(
+        probs = self.judged().select(
             "pair_id", "outcome", F.col("content_hash").alias("scored_hash"), likeliest().alias("label")
         )
         old = delta.read(self.spark, self.root, "explanations").where(mine)

@@ -36,7 +36,7 @@ from schemas import delta, runs
 from schemas.labels import LABELS, P_COLUMNS
 from udfs import adapter
 from udfs.render import rendered
-from udfs.score import Scoring, scored_schema, scorer
+from udfs.score import Scoring
 
 JOB = "probe"
 PAIRS = 100
@@ -141,8 +141,7 @@ class Probing(Waves):
         started = time.monotonic()
         what = self.what
         pairs = delta.read(self.spark, self.root, "pairs")
-        mine = (F.col("model_id") == what.model.model_id) & (F.col("prompt_id") == what.prompt.prompt_id)
-        scored = delta.read(self.spark, self.root, "label_probs").where(mine & (F.col("outcome") == self.done))
+        scored = self.judged().where(F.col("outcome") == self.done)
         low = scored.where(likeliest() == LABELS[-1]).select("pair_id", "content_hash")
         chosen = pairs.join(low, ["pair_id", "content_hash"], how="left_semi")
         chosen = chosen.orderBy(F.xxhash64("pair_id")).limit(count).localCheckpoint()
@@ -158,11 +157,6 @@ class Probing(Waves):
         self.run_line(line, "probe")
         categories = {row["pair_id"]: row["category"] or "" for row in chosen.select("pair_id", "category").collect()}
         return [Row(**row.asDict(), category=categories[row["pair_id"]]) for row in self.rows]
-
-    def ask(self, rows: DataFrame) -> DataFrame:
-        """Label probabilities for the wave's prompts."""
-        score = scorer(self.what.settings, self.what.prompt.label_ids, self.what.load_engine)
-        return rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
 
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Keeps the wave's probabilities: a few floats for each of some hundred prompts."""

@@ -39,7 +39,7 @@ from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, number_type
 from udfs.model import cache_folder, fetched, inspect, is_uri, manifest
 from udfs.prompt import load as load_prompt
 from udfs.render import rendered
-from udfs.score import Scoring, scored_schema, scorer
+from udfs.score import Scoring
 
 T = TypeVar("T")
 MAX_REFUSED = 1000  # rows of a run
@@ -561,12 +561,6 @@ class Night(Waves):
                 other.fail(error)
                 delta.drop_scratch(self.spark, self.root, other.run.run_id)
 
-    def judged(self) -> DataFrame:
-        """What this model and prompt have judged."""
-        return delta.read(self.spark, self.root, "label_probs").where(
-            (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
-        )
-
     def pairs(self) -> DataFrame:
         """`pairs` as they are at this moment, which is the version that the next rows will name."""
         self._version = delta.version(self.spark, self.root, "pairs")
@@ -652,11 +646,6 @@ class Night(Waves):
             f"the other order would compute about {other:,}",
             flush=True,
         )
-
-    def ask(self, rows: DataFrame) -> DataFrame:
-        """Label probabilities for the wave's prompts."""
-        score = scorer(self.what.settings, self.what.prompt.label_ids, self.what.load_engine)
-        return rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
 
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Merges the wave into `label_probs`."""

@@ -33,7 +33,7 @@ from schemas.delta import GaveUp
 from schemas.labels import P_COLUMNS
 from udfs import adapter, selfcheck
 from udfs.engine import EngineSettings
-from udfs.score import Scoring
+from udfs.score import Scoring, scored_schema, scorer
 from udfs.stream import loader
 
 WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
@@ -116,13 +116,21 @@ class Waves(ABC):
         self._poison: list[str] = []  # pairs on which an engine died in this run
         self._end: Exception | None = None  # why the run ends behind the wave at work
 
-    @abstractmethod
     def ask(self, rows: DataFrame) -> DataFrame:
-        """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers."""
+        """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers: label probabilities,
+        where the owner asks for nothing else."""
+        score = scorer(self.what.settings, self.what.prompt.label_ids, self.what.load_engine)
+        return rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
 
     @abstractmethod
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Writes a wave's landed answers, in one commit. Runs while the engines are at the next wave."""
+
+    def judged(self) -> DataFrame:
+        """What this model and prompt have judged."""
+        return delta.read(self.spark, self.root, "label_probs").where(
+            (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
+        )
 
     def asked_to_stop(self) -> str | None:
         """Why no more work is to begin; None where it may."""

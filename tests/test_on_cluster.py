@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,14 @@ from udfs.prompt import load
 
 def submit(*words: str | Path, timeout: int = 540) -> str:
     """Runs ./spark-submit.sh and returns what it printed."""
-    ended = submitted(words, timeout)
+    quick = [word for key, value in QUICK.items() for word in ("--conf", f"{key}={value}")]
+    command = [str(REPO / "spark-submit.sh"), *quick, *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr[-6000:]
     return ended.stdout
 
 
-def submitted(words: Sequence[str | Path], timeout: int) -> subprocess.CompletedProcess[str]:
-    quick = [word for key, value in QUICK.items() for word in ("--conf", f"{key}={value}")]
-    command = [str(REPO / "spark-submit.sh"), *quick, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def a_file_of_pairs(folder: Path, products: int = 40, queries: int = 6) -> Path:
+def a_file_of_pairs(folder: Path, products: int, queries: int) -> Path:
     """Products with long enough descriptions that each is some work."""
     file = folder / "pairs.jsonl"
     rows = [
