@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from schemas.delta import CONF, LOCAL_CONF, PACKAGE
+from tests.commands import a_file_of_pairs, table
 from tests.conftest import QUICK
 from tests.models import tiny_model
-from tests.test_on_cluster import a_file_of_pairs, table
 
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ("schemas", "udfs", "partitioner", "jobs", "demo")
