@@ -283,7 +283,7 @@ def what_scores(args: argparse.Namespace, turn: int) -> Any:
     from dataclasses import replace
 
     from tests.engines import load_doomed
-    from tests.test_rescore import scoring
+    from tests.pairs import scoring
     from udfs.engine import EngineSettings
     from udfs.model import inspect
     from udfs.prompt import load
@@ -318,7 +318,7 @@ def drive(args: argparse.Namespace) -> None:
     from partitioner import prefix, waves
     from schemas import delta
     from tests.conftest import QUICK
-    from tests.test_rescore import put
+    from tests.pairs import put
 
     waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 1500
     root = str(args.folder / "tables")

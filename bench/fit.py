@@ -21,8 +21,9 @@ from contextlib import closing
 
 from pyspark.sql import functions as F
 
-from partitioner import thresholds
-from partitioner.thresholds import BOUNDARIES, Objective
+from partitioner import thresholds, tiers
+from partitioner.thresholds import Objective
+from partitioner.tiers import BOUNDARIES
 from schemas import delta
 from schemas.labels import LABELS, P_COLUMNS
 
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     rows = rows.select("id", F.rand(9).alias("u"), *[d.alias(f"d{i}") for i, d in enumerate(draws)])
     total = sum((F.col(f"d{i}") for i in range(1, 4)), F.col("d0"))
     rows = rows.select("u", *[(F.col(f"d{i}") / total).alias(p) for i, p in enumerate(P_COLUMNS)])
-    rows = thresholds.cumulated(rows, 1.0)
+    rows = tiers.cumulated(rows, 1.0)
     label = F.when(F.col("u") < F.col("c4"), 4).when(F.col("u") < F.col("c3"), 3).when(F.col("u") < F.col("c2"), 2)
     rows = rows.withColumn("label", label.otherwise(1))
     weights = [(F.col("label") == y).cast("double").alias(f"w{y}") for y in LABELS]

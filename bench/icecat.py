@@ -30,7 +30,7 @@ import numpy as np
 from pyspark.sql import SparkSession
 
 from bench import stages
-from partitioner import thresholds
+from partitioner import thresholds, tiers
 from partitioner.measures import Floats
 from partitioner.thresholds import Objective, Values
 from schemas import delta
@@ -114,10 +114,10 @@ def log_loss(rows: stages.Columns) -> float:
 
 def cut(dev: stages.Columns, rows: stages.Columns) -> np.ndarray:
     """Tiers of `rows`, a cut a boundary, fitted on `dev` for macro-F1."""
-    c = thresholds.cumulative(dev["p"])
+    c = tiers.cumulative(dev["p"])
     weights = (dev["gold"][:, None] == np.array(LABELS)).astype(np.float64)
     fitted = thresholds.fit(Values(c).cuts(weights), "boundary", Objective("macro_f1"))
-    return thresholds.tiers(thresholds.cumulative(rows["p"]), fitted.taus)
+    return tiers.cut(tiers.cumulative(rows["p"]), fitted.taus)
 
 
 # The baseline

@@ -19,6 +19,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from bench import stages
+from partitioner import models
 from schemas import delta
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: str) -> stages.Columns:
     """Columns of equal length, a row an answered pair by pair_id: query, gold, said, written, and computed, a mean."""
-    mine = (F.col("model_id") == model_id) & (F.col("prompt_id") == prompt_id)
+    mine = models.of(model_id, prompt_id)
     greedy = delta.read(spark, root, "samples").where(mine & (F.col("split") == split) & (F.col("temperature") == 0))
     newest = greedy.agg(F.max("run_id")).collect()[0][0]
     pairs = delta.read(spark, root, "pairs").select("pair_id", "query")

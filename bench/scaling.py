@@ -91,7 +91,7 @@ def executors(folder: Path, pairs: int) -> None:
     from partitioner import waves
     from schemas import delta
     from tests.cluster import cluster
-    from tests.test_rescore import put, scoring
+    from tests.pairs import put, scoring
 
     took = {}
     for count in (1, 2):
@@ -156,10 +156,10 @@ def sizes(folder: Path, wanted: Sequence[int]) -> None:
     """Times planning, and the commit of a wave, at each number of pairs."""
     from pyspark.sql import functions as F
 
-    from jobs.rescore import Night
+    from partitioner.night import Night
     from schemas import delta, runs, tables
     from tests.judged import PROMPT
-    from tests.test_rescore import scoring
+    from tests.pairs import scoring
 
     spark = delta.session("scaling", {"spark.driver.memory": "6g"})
     first: dict[str, float] = {}

@@ -27,9 +27,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 import demo.catalogue
-from jobs import rescore
-from jobs.sample import PASS_AT_K
-from partitioner import measures
+from jobs.sample import pass_at_k
+from partitioner import measures, models
 from partitioner.measures import Floats
 from schemas import delta, gold
 from schemas.labels import LABELS, NAMES, P_COLUMNS
@@ -91,7 +90,7 @@ def of_splits(tables: str, *splits: str) -> list[str]:
 
 def identity(spark: SparkSession, root: str, name: str) -> tuple[str, str]:
     """model_id and prompt_id of `--model NAME` with the prompt beside its weights."""
-    folder, _ = rescore.model_folder(name) or rescore.registered_folder(spark, root, name)
+    folder, _ = models.folder_of(name) or models.registered_folder(spark, root, name)
     model = inspect(folder)
     if model.prompt_file is None:
         raise ValueError(f"{folder} has no prompt.json beside its weights; copy the one that it is asked with there")
@@ -126,7 +125,7 @@ def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: s
     """Columns of equal length, a row a judged pair by pair_id: query, gold, p [n, 4], and what its sampled answers came
     to (NaN where it was not sampled).
     """
-    mine = (F.col("model_id") == model_id) & (F.col("prompt_id") == prompt_id)
+    mine = models.of(model_id, prompt_id)
     kinds = demo.catalogue.query_kinds()
     judged = gold.judged(spark, root, split).where("label IS NOT NULL").select("pair_id", F.col("label").alias("gold"))
     scores = delta.read(spark, root, "label_probs").where(mine & (F.col("outcome") == "scored"))
@@ -135,7 +134,7 @@ def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: s
     drawn = samples.groupBy("run_id").agg((F.max("sample") + 1).alias("n")).where(F.col("n") == N)
     samples = samples.where(F.col("run_id") == drawn.agg(F.max("run_id")).collect()[0][0])
     agrees = samples.groupBy("pair_id").agg(F.avg(F.col("agrees").cast("int")).alias("agrees"))
-    passes = spark.sql(PASS_AT_K.replace("FROM samples", "FROM {samples}"), samples=samples)
+    passes = pass_at_k(spark, samples)
     passes = passes.withColumn("way", F.concat("what", F.lit(" "), "k"))
     way = passes.groupBy("pair_id").pivot("way", list(PASSES)).agg(F.first("pass"))
     answers = way.join(agrees, "pair_id", how="inner")

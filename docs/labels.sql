@@ -1,5 +1,5 @@
 -- The tier in force for each pair: the rule of CumPT over the tables thresholds, label_probs and pairs.
--- Runs in Spark, DuckDB and Polars. Made from partitioner/thresholds.py; a test holds the two together.
+-- Runs in Spark, DuckDB and Polars. Made from partitioner/tiers.py; a test holds the two together.
 WITH cut AS (
     SELECT version, segment, segment_by, model_id, prompt_id, temperature,
            MAX(CASE WHEN boundary = 4 THEN tau END) AS tau4,

@@ -1,1 +1,173 @@
-"""One file a command; listing the folder is reading the pipeline."""
+"""One file a command; listing the folder is reading the pipeline. What the commands share stands here: exit codes,
+flags, and Spark over the tables with the model that was named."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from pyspark.sql import SparkSession
+
+from partitioner import engines, models
+from schemas import delta
+from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings
+from udfs.model import inspect, manifest
+from udfs.prompt import load as load_prompt
+from udfs.score import Scoring
+
+T = TypeVar("T")
+# Exit codes: done, an error, a wrong flag or file, a gate failed, faults that did not go away, ended early as asked.
+DONE, FAILED, USAGE, GATE_FAILED, GAVE_UP, STOPPED = range(6)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are those of all else that is wrong before any work: a ValueError with a sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError."""
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def parser(job: str, doc: str | None, tables_required: bool = True) -> Parser:
+    """Of a job, whose module's docstring explains it; with the flag that all have. A flag is written out in full."""
+    found = Parser(prog=job, description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    found.add_argument(
+        "--tables", required=tables_required, type=_tables, metavar="T", help="root folder or URI of the tables"
+    )
+    return found
+
+
+def _tables(text: str) -> str:
+    try:
+        return delta.root(text)
+    except ValueError as error:  # of which argparse would tell nothing
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Type of a flag: a whole number that is no less."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number is needed, at least {least}")
+        return int(text)
+
+    return read
+
+
+positive = at_least(1)
+
+
+def share(text: str) -> float:
+    """Type of a flag: a share, such as 0.2 or 20%."""
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 0.2 or 20%")
+    return value
+
+
+def some(text: str) -> float:
+    """Type of a flag: a share above 0."""
+    if not (value := share(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: a share above 0 is needed")
+    return value
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
+    """The flags that every job with an engine shares."""
+    defaults = EngineSettings(model="")
+    parser.add_argument(
+        "--model",
+        required=model_required,
+        metavar="M",
+        help="demo, a model folder or its URI, a registered model_id, or active: the model of the thresholds in force",
+    )
+    parser.add_argument(
+        "--verify", default="quick", choices=("quick", "full"), help="full: each worker hashes the weights whole"
+    )
+    parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
+    parser.add_argument(
+        "--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"),
+        help="number type (default auto: the model's own, or float32 where a CPU has no instructions for bfloat16)",
+    )  # fmt: skip
+    parser.add_argument("--head", default="float32", choices=("float32", "model"), help="number type of the logits")
+    parser.add_argument("--max-model-len", type=positive, default=defaults.max_model_len, help="tokens of a prompt")
+    parser.add_argument("--kv-cache-gib", type=float, default=defaults.kv_cache_gib, help="KV cache on CPU, GiB")
+    parser.add_argument("--gpu-memory", type=some, default=defaults.gpu_memory, help="share of a GPU's memory")
+    by_device = f"{STEP_ON_CPU[0]} on CPU, {STEP_ON_GPU[0]} on a GPU"
+    told = f"pairs in one step of the engine ({by_device}; sample: 256)"
+    parser.add_argument("--max-num-seqs", type=positive, default=defaults.max_num_seqs, help=told)
+    by_device = f"{STEP_ON_CPU[1]} on CPU, {STEP_ON_GPU[1]} on a GPU"
+    told = f"tokens in one step ({by_device})"
+    parser.add_argument("--max-num-batched-tokens", type=positive, default=defaults.max_num_batched_tokens, help=told)
+    parser.add_argument("--tensor-parallel", type=positive, default=1, help="GPUs that hold one copy of the model")
+    parser.add_argument("--hang-seconds", type=positive, default=defaults.hang_seconds, help="no answer so long: hung")
+
+
+def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
+    """Looks at the model folder and reads the prompt, before Spark does any work. Raises ValueError with a sentence."""
+    full = args.verify == "full"
+    model = inspect(folder, full)
+    source = args.prompt or model.prompt_file
+    if source is None:
+        raise ValueError(
+            f"{folder} has no prompt.json and --prompt was not given; write one (demo/prompt.json is a template for "
+            "ChatML models) and pass it with --prompt FILE"
+        )
+    files = manifest(model.path)
+    if inspect(folder).model_id != model.model_id:  # or the rows of what came meanwhile would bear the old one's id
+        raise ValueError(f"{folder} changed while it was looked at; start again when it is whole")
+    settings = EngineSettings(
+        model=model.source,
+        manifest=files,
+        weights_hash=model.weights_hash if full else None,
+        dtype=args.dtype,
+        fp32_head=args.head == "float32",
+        max_model_len=min(args.max_model_len, model.max_positions),
+        kv_cache_gib=args.kv_cache_gib,
+        gpu_memory=args.gpu_memory,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        tensor_parallel=args.tensor_parallel,
+        hang_seconds=args.hang_seconds,
+    )
+    prompt = load_prompt(source, model.tokenizer_json, model.vocab_size)
+    if prompt.block % settings.block_size:
+        print(
+            f"prompt {source} cuts the first part at {prompt.block} tokens, but the engine's KV blocks are of "
+            f"{settings.block_size}: pairs of a product will share less than they could",
+            flush=True,
+        )
+    return Scoring(model, stage, prompt, settings)
+
+
+def scoring_beside(args: argparse.Namespace, folder: str, stage: str, prompt_id: str | None = None) -> Scoring:
+    """A second model of a command, asked with the prompt beside its weights; where that is not there, or is not the
+    wanted one (`prompt_id`), with `--prompt`."""
+    if args.prompt is None or inspect(folder).prompt_file is not None:
+        found = scoring(argparse.Namespace(**{**vars(args), "prompt": None}), folder, stage)
+        if args.prompt is None or prompt_id in (None, found.prompt.prompt_id):
+            return found
+    return scoring(args, folder, stage)
+
+
+def opened(
+    args: argparse.Namespace, job: str, look: Callable[[argparse.Namespace, str, str], T]
+) -> tuple[SparkSession, T]:
+    """Spark over the tables `--tables`, and what `look` (flags, folder, stage) made of `--model`.
+
+    A model that is named by its folder is looked at before Spark starts, so that a wrong one costs no time.
+    """
+    named = args.model not in (None, models.ACTIVE)
+    found = models.folder_of(args.model) if named else None
+    seen = look(args, *found) if found else None
+    spark = delta.session(job)
+    engines.refuse_unfit(spark, args.tensor_parallel)
+    delta.prepare(spark, args.tables)
+    model_id = args.model if named else models.in_force(spark, args.tables)[0]
+    return spark, seen or look(args, *models.registered_folder(spark, args.tables, model_id))

@@ -12,33 +12,19 @@ no list of what is left is kept anywhere.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from datetime import datetime, timedelta
 from typing import Any
 
 from pyspark.errors import PySparkException
-from pyspark.logger import PySparkLogger
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.promote_thresholds import share
-from jobs.rescore import (
-    Night,
-    add_night_flags,
-    add_scoring_flags,
-    end_when_told,
-    exit_code,
-    likeliest,
-    opened,
-    refuse_foreign_prompt,
-    refuse_other_prompt,
-    registered_folder,
-    scoring,
-    scoring_beside,
-)
-from partitioner import engines, prefix, thresholds
+import jobs
+from jobs.rescore import add_night_flags, end_when_told, exit_code
+from partitioner import engines, models, prefix, tiers
+from partitioner.night import Night, unjudged
 from partitioner.waves import Stopped
 from schemas import delta, runs
 from schemas.crash import crash
@@ -65,30 +51,31 @@ ALLOWED = {
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0 when all that was chosen is scored, 3 where a gate failed, 5 at the deadline."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--where", metavar="SQL", help="only pairs for which this holds")
     parser.add_argument("--order-by", choices=ORDERS, help="highest first (default: weight, where pairs bear one)")
-    parser.add_argument("--limit", type=int, metavar="N", help="score at most so many pairs, the first in that order")
-    parser.add_argument("--sample", type=share, metavar="X", help="only this share of the products, for both models")
+    parser.add_argument(
+        "--limit", type=jobs.positive, metavar="N", help="score at most so many pairs, the first in that order"
+    )
+    parser.add_argument(
+        "--sample", type=jobs.some, metavar="X", help="only this share of the products, for both models"
+    )
     parser.add_argument("--by", choices=SEGMENT_COLUMNS, help="--sample: the table of shifts also by this column")
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and stop")
     add_night_flags(parser)
-    add_scoring_flags(parser)
+    jobs.add_scoring_flags(parser)
     args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
     end_when_told()
-    spark, what = opened(args, JOB, scoring)
+    spark, what = jobs.opened(args, JOB, jobs.scoring)
     chosen = Chosen(args.where, args.order_by, args.limit, args.sample)
     if args.sample is not None and not args.dry_run:
-        in_force = thresholds.active(spark, args.tables)
+        in_force = tiers.active(spark, args.tables)
         if in_force is None or in_force.model_id == what.model.model_id:
             raise ValueError("--sample compares with the model in force, and there is none other; leave --sample away")
-        before = scoring_beside(args, *registered_folder(spark, args.tables, in_force.model_id), in_force.prompt_id)
-        refuse_other_prompt(spark, args.tables, before)
+        before = jobs.scoring_beside(
+            args, *models.registered_folder(spark, args.tables, in_force.model_id), in_force.prompt_id
+        )
+        models.refuse_other_prompt(spark, args.tables, before)
         run = backfill(spark, args.tables, before, chosen, False, args.retry_failed, args.max_refused, args.deadline)
         if exit_code(run):
             return exit_code(run)
@@ -131,7 +118,6 @@ def condition(pairs: DataFrame, text: str) -> Column:
 
     It is the operator's own text and no sandbox; but it can only read and compare the columns of the one table.
     """
-    PySparkLogger.getLogger("SQLQueryContextLogger").disabled = True  # says each error once more, as JSON
     help_ = f"Wanted is one condition over the columns of pairs ({', '.join(PAIRS.names)}), such as: locale = 'de'"
     try:
         wanted = F.expr(text)
@@ -164,30 +150,26 @@ def backfill(
     Raises ValueError, before any work, for a condition that is none, a foreign prompt, and a second run of its like.
     """
     adapter.refuse_chain_first(what.model.path)
-    refuse_foreign_prompt(spark, root, what)
+    models.refuse_foreign_prompt(spark, root, what)
     chosen = chosen or Chosen()
     chosen.of(delta.read(spark, root, "pairs"))  # a wrong condition stops it here
     run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=not dry_run)
     fill = Backfill(spark, root, what, run)
     fill.chosen, fill.max_refused, fill.deadline = chosen, max_refused, deadline
     crash("started")
-    try:
+    with fill.at_work():
         if dry_run:
             fill.predict()
             return runs.finish(spark, root, fill.run, "done", "dry run")
-        with engines.kept_alive(spark, what.settings.tensor_parallel):
-            if retry_failed:
-                fill.retry_failed()
-            fill.fill()
-    except Stopped as stopped:
-        print(f"{JOB}: {stopped}", flush=True)
-        return fill.close("stopped", str(stopped))
-    except BaseException as error:
-        fill.fail(error)
-        raise
-    finally:
-        delta.drop_scratch(spark, root, run.run_id)
-    done = fill.close()
+        try:
+            with engines.kept_alive(spark, what.settings.tensor_parallel):
+                if retry_failed:
+                    fill.retry_failed()
+                fill.fill()
+        except Stopped as stopped:
+            print(f"{JOB}: {stopped}", flush=True)
+            return fill.close("stopped", str(stopped))
+        done = fill.close()
     crash("finished")
     return done
 
@@ -219,7 +201,7 @@ class Backfill(Night):
         """As a night does; of what is to be done only the first so many, where there is a limit."""
         wanted = self.chosen.wanted if wanted is None else wanted
         if self.chosen.limit:
-            seen = seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
+            seen = unjudged(seen, judged)
             first = F.col("weight") if wanted is None else wanted
             seen = seen.orderBy(first.desc_nulls_last(), F.xxhash64("locale", "product_id"), "pair_id")
             seen = seen.limit(self.chosen.limit - self._taken)
@@ -236,7 +218,7 @@ class Backfill(Night):
             return
         self._predicted = (self._predicted or 0.0) + line.length / rate
         self._measure(predicted_engine_seconds=self._predicted)
-        hours = self._predicted / engines.count(self.spark, self.what.settings.tensor_parallel)
+        hours = self._predicted / engines.count(self.spark)
         print(
             f"{JOB}: {self._predicted / 3600:,.2f} engine hours at {rate:,.0f} tokens/s ({source}), so done at about "
             f"{datetime.now() + timedelta(seconds=hours):%d %b %H:%M} on {_engines(self)}",
@@ -262,7 +244,7 @@ class Backfill(Night):
         )
         if row := rows.select("run_id", F.col("figures")["tokens_per_second"].alias("rate")).head():
             return float(row["rate"]), f"run {row['run_id']}"
-        known = delta.read(self.spark, self.root, "models").where(F.col("model_id") == self.what.model.model_id).head()
+        known = models.row(self.spark, self.root, self.what.model.model_id)
         rate = (known["metrics"] or {}).get("tokens_per_second", 0.0) if known else 0.0
         return float(rate), "the first-use check, a low guess"
 
@@ -274,7 +256,7 @@ class Backfill(Night):
 
 
 def _engines(fill: Backfill) -> str:
-    count = engines.count(fill.spark, fill.what.settings.tensor_parallel)
+    count = engines.count(fill.spark)
     return f"{count} engine{'s' if count > 1 else ''}"
 
 
@@ -285,25 +267,25 @@ def shifts(spark: SparkSession, root: str, what: Scoring, chosen: Chosen, by: st
     none yet, its likeliest label counts as its tier.
     """
     stored = delta.read(spark, root, "thresholds")
-    in_force = thresholds.active(spark, root)
+    in_force = tiers.active(spark, root)
     if in_force is None:
         raise ValueError("no version of thresholds is in force")
-    mine = (F.col("model_id") == what.model.model_id) & (F.col("prompt_id") == what.prompt.prompt_id)
+    mine = models.of(*what.regime)
     newest = stored.where(mine).orderBy(F.desc("version")).select("version").head()
     pairs = chosen.of(delta.read(spark, root, "pairs"))
     probs = delta.read(spark, root, "label_probs").where("outcome = 'scored'")
 
-    def tiers(version: int) -> DataFrame:
-        found = thresholds.labels_under(spark, version, stored, probs, pairs)
+    def tiered(version: int) -> DataFrame:
+        found = tiers.labels_under(spark, version, stored, probs, pairs)
         return found.where("tier IS NOT NULL AND NOT stale")
 
-    old = tiers(in_force.version).select("pair_id", F.col("tier").alias("old"))
+    old = tiered(in_force.version).select("pair_id", F.col("tier").alias("old"))
     if newest:
         cut = f"version {newest['version']}"
-        new = tiers(newest["version"]).select("pair_id", F.col("tier").alias("new"))
+        new = tiered(newest["version"]).select("pair_id", F.col("tier").alias("new"))
     else:
         cut = "its likeliest label (no version is fitted)"
-        new = probs.where(mine).select("pair_id", likeliest().alias("new"))
+        new = probs.where(mine).select("pair_id", tiers.likeliest().alias("new"))
     segment_of = pairs.select("pair_id", (F.col(by) if by else F.lit("")).alias("segment"))
     both = old.join(new, "pair_id", how="inner").join(segment_of, "pair_id", how="inner")
     cells = both.groupBy("segment", "old", "new").count().collect()

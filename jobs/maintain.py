@@ -12,13 +12,13 @@ says how many, and the model in force is never dropped.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from partitioner import thresholds
+import jobs
+from partitioner import tiers
 from schemas import delta, runs
 from schemas.tables import TABLES
 
@@ -27,10 +27,7 @@ JOB = "maintain"
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--table", action="append", choices=sorted(TABLES), help="only this one (may be repeated)")
     parser.add_argument(
         "--keep-days", type=int, default=delta.KEPT_DAYS, metavar="N", help="versions to keep (default 7)"
@@ -61,14 +58,16 @@ def maintain(
     spark: SparkSession, root: str, names: list[str], keep_days: int = delta.KEPT_DAYS, dry_run: bool = False
 ) -> None:
     """Optimises and vacuums the tables, one after the other."""
-    run = None if dry_run else runs.start(spark, root, JOB)
     counts = {"removed_files": 0, "joined_files": 0}
-    try:
+    if dry_run:
         for name in names:
             files, size = delta.size(spark, root, name)
-            if run is None:
-                print(f"{JOB}: {name}: {files:,} files, {size / 2**20:,.1f} MiB", flush=True)
-                continue
+            print(f"{JOB}: {name}: {files:,} files, {size / 2**20:,.1f} MiB", flush=True)
+        return
+    run = runs.start(spark, root, JOB)
+    with runs.recorded(spark, root, lambda: run):
+        for name in names:
+            files, _ = delta.size(spark, root, name)
             joined, vacuumed = delta.optimize(spark, root, name), delta.vacuum(spark, root, name, keep_days)
             counts["joined_files"] += joined
             counts["removed_files"] += vacuumed
@@ -78,17 +77,12 @@ def maintain(
                 f"versions older than {keep_days} days are gone",
                 flush=True,
             )
-    except BaseException as error:
-        if run:
-            runs.fail(spark, root, run, error)
-        raise
-    if run:
         runs.finish(spark, root, replace(run, counts=counts), "done")
 
 
 def drop_model(spark: SparkSession, root: str, model_id: str, yes: bool) -> None:
     """Removes a model's rows from label_probs, in one commit. Raises ValueError for the model in force, or none."""
-    in_force = thresholds.active(spark, root)
+    in_force = tiers.active(spark, root)
     if in_force and in_force.model_id == model_id:
         raise ValueError(
             f"--drop-model {model_id}: it is in force (version {in_force.version} of thresholds); promote another first"
@@ -105,16 +99,13 @@ def drop_model(spark: SparkSession, root: str, model_id: str, yes: bool) -> None
     if alive := runs.alive(spark, root, model_id):
         raise ValueError(f"--drop-model {model_id}: run {alive} of it is alive; wait for it, or end it")
     run = runs.start(spark, root, JOB, model_id)
-    try:
+    with runs.recorded(spark, root, lambda: run):
         # The stream remembers how far it looked; without its rows it must look at all pairs again.
-        checkpoints = f"{root}/_checkpoints/rescore"
+        checkpoints = delta.checkpoint(root)
         for name in delta.inside(spark, checkpoints):
             if name.startswith(f"{model_id}-"):
                 delta.drop(spark, f"{checkpoints}/{name}")
         gone = delta.delete(spark, root, "label_probs", rows, ("pair_id", "model_id", "prompt_id"))
-    except BaseException as error:
-        runs.fail(spark, root, run, error)
-        raise
     runs.finish(spark, root, replace(run, counts={"removed": gone}), "done")
     print(
         f"{JOB}: {gone:,} rows of model {model_id} are gone from label_probs (versions of 7 days keep them)", flush=True

@@ -9,7 +9,6 @@ else has put a version into force since this one looked, nothing is written.
 
 from __future__ import annotations
 
-import argparse
 import getpass
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,15 +17,15 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
+import jobs
 from jobs.fit_thresholds import engines_of
 from jobs.probe import LEAST
-from partitioner import thresholds
-from partitioner.thresholds import Version
+from partitioner import models, tiers
+from partitioner.tiers import Version
 from schemas import delta, runs
 from schemas.labels import LABELS, NAMES
 
 JOB = "promote_thresholds"
-GATE_FAILED = 3
 _SEGMENTS_TOLD = 10
 _LOST = "put into force meanwhile"
 
@@ -47,22 +46,19 @@ class Gates:
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0, or 3 where a gate refused."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = jobs.parser(JOB, __doc__)
+    parser.add_argument("--version", required=True, type=jobs.positive, metavar="V", help="of thresholds")
     parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
-    parser.add_argument("--version", required=True, type=int, metavar="V", help="of thresholds")
-    parser.add_argument(
-        "--max-missing", type=share, default=Gates.missing, metavar="X",
+        "--max-missing", type=jobs.share, default=Gates.missing, metavar="X",
         help="refuse where it leaves more of the pairs without a tier: not scored by its model and prompt, or without\n"
         "a probability (default 1%%)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-shift", type=share, default=Gates.shift, metavar="X",
+        "--max-shift", type=jobs.share, default=Gates.shift, metavar="X",
         help="refuse where more of the tiers would change or be lost (default 20%%)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-flips", type=share, default=Gates.flips, metavar="X",
+        "--max-flips", type=jobs.share, default=Gates.flips, metavar="X",
         help="refuse where words written into their text made more of what the model calls Irrelevant Related or\n"
         "better, as its last probe found (default 50%%)",
     )  # fmt: skip
@@ -80,17 +76,6 @@ def main(argv: list[str]) -> int:
     who = args.by_whom or getpass.getuser()
     gates = Gates(args.max_missing, args.max_shift, args.max_flips, tuple(args.allow_engine))
     return promote(spark, args.tables, args.version, gates, who, args.reason, args.dry_run)
-
-
-def share(text: str) -> float:
-    """A share such as 0.2 or 20%. Raises argparse's error for anything else."""
-    try:
-        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 0.2 or 20%")
-    return value
 
 
 def promote(
@@ -113,14 +98,14 @@ def promote(
     if not wanted:
         known = sorted(row[0] for row in stored.select("version").distinct().collect())
         raise ValueError(f"there is no version {version} of thresholds (there are: {known}); fit one: fit_thresholds")
-    new, fit = thresholds.version_of(wanted), next(row for row in wanted if not row["segment"])
+    new, fit = tiers.version_of(wanted), next(row for row in wanted if not row["segment"])
     in_force = [row for row in rows if row["status"] == "active"]
-    old = thresholds.version_of(in_force) if in_force else None
+    old = tiers.version_of(in_force) if in_force else None
     if old and old.version == version:
         print(f"{JOB}: version {version} is in force already; nothing was written")
         return 0
     run = runs.start(spark, root, JOB, new.model_id, new.prompt_id)
-    try:
+    with runs.recorded(spark, root, lambda: run):
         print(
             f"{JOB}: version {version}, {fit['objective']} = {fit['value']:.4f} on {fit['n_gold']:,} "
             f"judgements, model {new.model_id}, instead of " + (f"version {old.version}" if old else "none")
@@ -142,11 +127,8 @@ def promote(
             told = f"not put into force: {refusal}" if refusal else "dry run, nothing was written"
             print(f"{JOB}: version {version} {told}", flush=True)
             runs.finish(spark, root, run, "done", f"{told} ({done})")
-            return GATE_FAILED if refusal else 0
+            return jobs.GATE_FAILED if refusal else jobs.DONE
         swap(spark, root, old.version if old else None, version, who, reason)
-    except BaseException as error:
-        runs.fail(spark, root, run, error)
-        raise
     runs.finish(spark, root, replace(run, counts={"version": version}), "done", done)
     print(f"{JOB}: version {version} is in force. Hand the changed tiers on: publish --tables {root}", flush=True)
     return 0
@@ -190,7 +172,7 @@ def tier_changes(spark: SparkSession, root: str, stored: DataFrame, old: Version
     pairs, probs = delta.read(spark, root, "pairs"), delta.read(spark, root, "label_probs")
 
     def under(version: Version, name: str) -> DataFrame:
-        found = thresholds.labels_under(spark, version.version, stored, probs, pairs)
+        found = tiers.labels_under(spark, version.version, stored, probs, pairs)
         return found.select("pair_id", F.col("tier").alias(name), F.col("stale").alias(f"{name}_stale"))
 
     rows = pairs.select("pair_id", F.coalesce(F.col(segment_column(old, new)), F.lit("")).alias("segment"))
@@ -277,7 +259,7 @@ def last_probe(spark: SparkSession, root: str, of: Version) -> list[Row]:
     """The measures of the last probe of a version's model and prompt that had `LEAST` pairs or more; empty where there
     was none."""
     probed = delta.read(spark, root, "runs").where((F.col("job") == "probe") & (F.col("status") == "done"))
-    probed = probed.where((F.col("model_id") == of.model_id) & (F.col("prompt_id") == of.prompt_id))
+    probed = probed.where(models.of(of.model_id, of.prompt_id))
     figures = delta.read(spark, root, "measures")
     enough = figures.where((F.col("segment") == "") & (F.col("n") >= LEAST)).select("run_id")
     last = probed.join(enough, "run_id", how="left_semi").orderBy(F.desc("started_at")).select("run_id").head()

@@ -10,7 +10,6 @@ index must update; a pair that is gone, or has no tier any more, leaves it. qrel
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import os
@@ -24,9 +23,10 @@ from urllib.parse import quote
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from partitioner import thresholds
-from partitioner.thresholds import Version
-from schemas import delta, files, runs
+import jobs
+from partitioner import tiers
+from partitioner.tiers import Version
+from schemas import delta, runs
 
 JOB = "publish"
 FORMATS = ("qrels", "quepid")
@@ -35,10 +35,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  #
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--format", choices=FORMATS, help="write a file instead of the table")
     parser.add_argument("--out", metavar="FILE", help="the file, on this machine")
     parser.add_argument("--locale", metavar="L", help="of the file: pairs of this locale alone")
@@ -60,11 +57,11 @@ def main(argv: list[str]) -> int:
 
 def in_force(spark: SparkSession, root: str) -> tuple[Version, DataFrame]:
     """The active version, and the view's rows that have a tier. Raises ValueError before the first promotion."""
-    version = thresholds.active(spark, root)
+    version = tiers.active(spark, root)
     if version is None:
         raise ValueError(f"no version is in force; put one there: promote_thresholds --tables {root} --version V")
     read = [delta.read(spark, root, name) for name in ("label_probs", "pairs", "thresholds")]
-    return version, thresholds.labels(spark, *read).where("tier IS NOT NULL")
+    return version, tiers.labels(spark, *read).where("tier IS NOT NULL")
 
 
 def publish(spark: SparkSession, root: str) -> dict[str, int]:
@@ -72,30 +69,25 @@ def publish(spark: SparkSession, root: str) -> dict[str, int]:
 
     Raises ValueError where another publisher is at work, whatever its model.
     """
-    version, tiers = in_force(spark, root)
-    if tiers.isEmpty() and not delta.read(spark, root, "published_labels").isEmpty():
+    version, tiered = in_force(spark, root)
+    if tiered.isEmpty() and not delta.read(spark, root, "published_labels").isEmpty():
         raise ValueError(
             f"no pair has a tier under version {version.version}, so all of published_labels would be withdrawn, and "
             "nothing was done. Look at pairs and label_probs: bring back what they lack (ingest, backfill)"
         )
     run = runs.start(spark, root, JOB, alone=True)
     counts: Counter[str] = Counter(inserted=0, updated=0, deleted=0)
-    try:
+    with runs.recorded(spark, root, lambda: run):
         while True:
-            version, tiers = in_force(spark, root)
+            version, tiered = in_force(spark, root)
             run = replace(run, model_id=version.model_id, prompt_id=version.prompt_id)
             seen = delta.version(spark, root, "published_labels")
-            written = _written(spark, root, run.run_id, tiers, seen)
+            written = _written(spark, root, run.run_id, tiered, seen)
             counts.update(written or {})
             at = delta.version(spark, root, "published_labels")
             # A commit that came between (two may start at once) is one that this one did not compare itself with.
             if at == seen + (written is not None):
                 break
-    except BaseException as error:
-        runs.fail(spark, root, run, error)
-        raise
-    finally:
-        delta.drop_scratch(spark, root, run.run_id)
     runs.finish(spark, root, replace(run, counts=dict(counts)), "done")
     print(
         f"{JOB}: version {version.version}: {counts['inserted']:,} new, {counts['updated']:,} with another tier, "
@@ -103,15 +95,15 @@ def publish(spark: SparkSession, root: str) -> dict[str, int]:
         + ("" if any(counts.values()) else ", nothing was written"),
         flush=True,
     )
-    after = thresholds.active(spark, root)
+    after = tiers.active(spark, root)
     if after and after.version != version.version:
         print(f"{JOB}: version {after.version} was put into force meanwhile; publish again")
     return dict(counts)
 
 
-def _written(spark: SparkSession, root: str, run_id: str, tiers: DataFrame, seen: int) -> dict[str, int] | None:
+def _written(spark: SparkSession, root: str, run_id: str, tiered: DataFrame, seen: int) -> dict[str, int] | None:
     """Writes what differs between tiers and version `seen` of published_labels; None, with no commit: nothing does."""
-    new = tiers.select("pair_id", "query", "product_id", "locale", "tier", "version", "model_id")
+    new = tiered.select("pair_id", "query", "product_id", "locale", "tier", "version", "model_id")
     old = delta.read(spark, root, "published_labels", seen).select("pair_id", F.struct("*").alias("old"))
     both = new.join(old, "pair_id", how="full")
 
@@ -129,9 +121,7 @@ def _written(spark: SparkSession, root: str, run_id: str, tiers: DataFrame, seen
         F.current_timestamp().alias("published_at"),
         F.col("tier").isNull().alias("gone"),
     )
-    landed = delta.scratch(root, run_id, "changes")
-    changes.write.parquet(landed, mode="overwrite")
-    changes = spark.read.parquet(files.literal(landed))
+    changes = delta.land(spark, root, run_id, "changes", changes)
     return None if changes.isEmpty() else delta.sync(spark, root, "published_labels", changes)
 
 
@@ -140,9 +130,9 @@ def export(spark: SparkSession, root: str, format: str, out: str, locale: str | 
 
     Raises ValueError where there is none of that locale, and for several locales in Quepid's CSV.
     """
-    version, tiers = in_force(spark, root)
+    version, tiered = in_force(spark, root)
     if locale is not None or format == "quepid":
-        known = sorted(row["locale"] for row in tiers.select("locale").distinct().collect())
+        known = sorted(row["locale"] for row in tiered.select("locale").distinct().collect())
         if locale is None and len(known) > 1:
             raise ValueError(
                 "Quepid's CSV cannot tell the query of one locale from that of another, and there are "
@@ -150,8 +140,8 @@ def export(spark: SparkSession, root: str, format: str, out: str, locale: str | 
             )
         if locale is not None and locale not in known:
             raise ValueError(f"--locale {locale}: no pair with a tier is of it (there are: {', '.join(known)})")
-    tiers = tiers if locale is None else tiers.where(F.col("locale") == locale)
-    rows = tiers.select("locale", "query", "product_id", "tier").orderBy("locale", "query", "product_id")
+    tiered = tiered if locale is None else tiered.where(F.col("locale") == locale)
+    rows = tiered.select("locale", "query", "product_id", "tier").orderBy("locale", "query", "product_id")
     write = qrels if format == "qrels" else quepid
     count = write(rows.toLocalIterator(), out)
     print(f"{JOB}: {count:,} judgements of version {version.version} in {out}", flush=True)

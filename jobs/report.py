@@ -8,7 +8,6 @@ some fifty pairs, so it stays under 5 MB however large the tables are. Each char
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import os
@@ -22,10 +21,12 @@ import numpy as np
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+import jobs
 from jobs.fit_thresholds import Rows, Wanted, judged, local_rows, sampled
 from jobs.promote_thresholds import last_probe, segment_column, tier_changes
-from partitioner import measures, thresholds
-from partitioner.thresholds import BOUNDARIES, Objective, Version
+from partitioner import measures, tiers
+from partitioner.thresholds import Objective
+from partitioner.tiers import BOUNDARIES, Version
 from schemas import delta
 from schemas.labels import LABELS, NAMES, P_COLUMNS
 
@@ -57,10 +58,7 @@ class Section:
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--out", required=True, metavar="FILE", help="the page, on this machine")
     parser.add_argument("--version", type=int, metavar="V", help="of thresholds (default: in force, or the newest)")
     args = parser.parse_args(argv)
@@ -86,7 +84,7 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
         known = sorted(every)
         raise ValueError(f"there is no version {chosen} of thresholds (there are: {known}); fit one: fit_thresholds")
     rows = stored.where(F.col("version") == chosen).collect()
-    of, told = thresholds.version_of(rows), every[chosen]
+    of, told = tiers.version_of(rows), every[chosen]
     figures = delta.read(spark, root, "measures").where(F.col("run_id") == told["run_id"]).collect()
 
     aim = Objective.read(told["objective"].partition("; ")[0])
@@ -98,9 +96,9 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
     try:
         sample = local_rows(sampled(frame, frame.count()))
         pairs = delta.read(spark, root, "pairs")
-        tiers = thresholds.labels_under(spark, chosen, stored, delta.read(spark, root, "label_probs"), pairs)
+        tiered = tiers.labels_under(spark, chosen, stored, delta.read(spark, root, "label_probs"), pairs)
         sections = [
-            tier_counts(pairs, tiers),
+            tier_counts(pairs, tiered),
             *compared(figures),
             confusion(figures, wanted.name),
             *([curve(sample, of, rows, aim)] if len(sample) else []),
@@ -108,8 +106,8 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
             *shift(spark, root, stored, every, of),
             *by_segment(figures, wanted.name, of),
             *fooled(last_probe(spark, root, of)),
-            by_words(frame, tiers),
-            disagreements(spark, root, frame, tiers),
+            by_words(frame, tiered),
+            disagreements(spark, root, frame, tiered),
         ]
     finally:
         frame.unpersist()
@@ -119,9 +117,9 @@ def report(spark: SparkSession, root: str, version: int | None = None) -> str:
 # The sections
 
 
-def tier_counts(pairs: DataFrame, tiers: DataFrame) -> Section:
+def tier_counts(pairs: DataFrame, tiered: DataFrame) -> Section:
     """How many pairs are in each tier; a pair that the model has no row of has none either."""
-    all_pairs = pairs.select("pair_id").join(tiers, "pair_id", how="left")
+    all_pairs = pairs.select("pair_id").join(tiered, "pair_id", how="left")
     counts = {row["tier"]: row["count"] for row in all_pairs.groupBy("tier").count().collect()}
     rows = [("no tier" if k is None else NAMES[k], counts.get(k, 0)) for k in (*LABELS, None)]
     import altair as alt
@@ -209,7 +207,7 @@ def curve(sample: Rows, of: Version, rows: Sequence[Any], aim: Objective) -> Sec
     cut = {row["boundary"]: row for row in rows if not row["segment"]}
     taus = of.cuts[""]
     one = cut[4]["rule"] == "one"
-    c = thresholds.cumulative(sample.p, of.temperature)
+    c = tiers.cumulative(sample.p, of.temperature)
     lines = {m: measures.named()[m] for m in SHOWN} | {aim.name: aim.shown}
     if aim.costs:  # on a scale of its own
         lines = {aim.name: aim.shown}
@@ -219,7 +217,7 @@ def curve(sample: Rows, of: Version, rows: Sequence[Any], aim: Objective) -> Sec
         low, high = (0.0, 1.0) if one else (taus[b + 1] if b < 2 else 0.0, taus[b - 1] if b else 1.0)
         for tau in sorted({*np.linspace(low, high, CURVE).tolist(), taus[b]}):
             moved = [tau] * 3 if one else [tau if i == b else taus[i] for i in range(3)]
-            found = measures.confusions(sample.weights, thresholds.tiers(c, moved))
+            found = measures.confusions(sample.weights, tiers.cut(c, moved))
             points += [(name, m, tau, round(float(of_confusion(found)), 6)) for m, of_confusion in lines.items()]
         row = cut[k]
         spread = [row["tau_low"], row["tau_high"]]
@@ -265,7 +263,7 @@ def calibration(sample: Rows, of: Version) -> Section:
     rows, errors = [], []
     kinds = {"as they are": sample.p}
     if of.temperature != 1:
-        kinds[f"temperature {of.temperature:.3g}"] = thresholds.scaled(sample.p, of.temperature)
+        kinds[f"temperature {of.temperature:.3g}"] = tiers.scaled(sample.p, of.temperature)
     for kind, p in kinds.items():
         for key, bins in measures.calibration(p, sample.weights).items():
             name = key.removeprefix("ece_").replace("_", " ")
@@ -304,7 +302,7 @@ def shift(spark: SparkSession, root: str, stored: DataFrame, every: dict[int, An
     )
     if not others:
         return []
-    before = thresholds.version_of(stored.where(F.col("version") == others[-1]["version"]).collect())
+    before = tiers.version_of(stored.where(F.col("version") == others[-1]["version"]).collect())
     counted = tier_changes(spark, root, stored, before, of)
     cells: Counter[tuple[int | None, int | None]] = Counter()
     segments: dict[str, list[int]] = {}
@@ -403,11 +401,11 @@ def by_segment(figures: Sequence[Any], cuts: str, of: Version) -> list[Section]:
     return [Section("by-segment", f"By {of.segment_by}", say, bars + dots, head, rows)]
 
 
-def by_words(frame: DataFrame, tiers: DataFrame) -> Section:
+def by_words(frame: DataFrame, tiered: DataFrame) -> Section:
     """How often tiers are right, by length of the query."""
     import altair as alt
 
-    both = frame.join(tiers.select("pair_id", "tier"), "pair_id", how="inner").where("tier IS NOT NULL")
+    both = frame.join(tiered.select("pair_id", "tier"), "pair_id", how="inner").where("tier IS NOT NULL")
     weight = sum((F.col(f"w{y}") for y in LABELS[1:]), F.col("w4"))
     right = sum(
         (F.when(F.col("tier") == y, F.col(f"w{y}")).otherwise(0.0) for y in LABELS[1:]),
@@ -432,11 +430,11 @@ def by_words(frame: DataFrame, tiers: DataFrame) -> Section:
     return Section("by-words", "By words of the query", say, chart, head, told)
 
 
-def disagreements(spark: SparkSession, root: str, frame: DataFrame, tiers: DataFrame) -> Section:
+def disagreements(spark: SparkSession, root: str, frame: DataFrame, tiered: DataFrame) -> Section:
     """Judged pairs whose tier is furthest from their label, the surest first, with their texts."""
     texts = delta.read(spark, root, "pairs").select("pair_id", "title")
     sure = F.greatest(*P_COLUMNS)
-    both = frame.select("pair_id", "source", "label").join(tiers.where("tier IS NOT NULL"), "pair_id", how="inner")
+    both = frame.select("pair_id", "source", "label").join(tiered.where("tier IS NOT NULL"), "pair_id", how="inner")
     both = both.withColumn("off", F.abs(F.col("tier") - F.col("label"))).where("off > 0")
     rows = (
         both.orderBy(F.desc("off"), F.desc(sure), "pair_id", "source").limit(WORST).join(texts, "pair_id", how="inner")

@@ -4,7 +4,7 @@ sample --tables T --model M [--split train] [--n 8] [--temperature 1.0] [--seed 
 
 Pairs are lined up by prefix and sharded over the engines as rescore does; the N samples of a pair share its prompt.
 The answers go to `samples`, a wave at a time: the same command goes on where it was killed, and does nothing where all
-is there; another --seed draws anew. pass@k is PASS_AT_K, plain SQL over `samples`. --findings asks the model once more,
+is there; another --seed draws anew. pass@k is docs/pass_at_k.sql, over `samples`. --findings asks the model once more,
 for each different chain, which label its findings lead to, with the label and the closing statement out of sight.
 """
 
@@ -22,8 +22,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from jobs.rescore import add_scoring_flags, likeliest, opened, refuse_foreign_prompt, scoring
-from partitioner.waves import Waves
+import jobs
+from partitioner import models, tiers
+from partitioner.waves import Drawing, Waves
 from schemas import delta, gold, runs
 from schemas.canonical import SPLITS
 from schemas.labels import LABELS, NAMES
@@ -32,11 +33,12 @@ from udfs import adapter
 from udfs.answer import ORDERS, Form, form
 from udfs.engine import Sampling
 from udfs.render import rendered
-from udfs.sample import questioner, sampled_schema, sampler
-from udfs.score import Scoring, scored_schema, scorer
+from udfs.sample import questioner
+from udfs.score import Scoring
 
 JOB = "sample"
-# One row for each pair, each k (1, 2, 4 … and n) and each way to be right, from nothing but `samples`.
+# One row for each pair, each k (1, 2, 4 … and n) and each way to be right, from nothing but `samples`. For readers it
+# stands in docs/pass_at_k.sql.
 # pass is the unbiased estimate of the chance that at least one of k answers is right (Chen et al. 2021, arXiv
 # 2107.03374): 1 − C(n−c, k) / C(n, k) with c right ones of n. The quotient is the product of 1 − k/j over j from
 # n−c+1 to n, one factor for each right sample: a sum of logarithms, exact to 1e-12 for n = 1000.
@@ -82,23 +84,18 @@ GROUP BY counted.run_id, counted.pair_id, counted.gold, counted.what, counted.n,
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0 when every pair has its samples."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--split", default="train", choices=SPLITS, help="part of gold (default train)")
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
-    parser.add_argument("--limit", type=int, metavar="PAIRS", help="so many pairs, always the same ones")
+    parser.add_argument("--limit", type=jobs.positive, metavar="PAIRS", help="so many pairs, always the same ones")
     parser.add_argument(
         "--findings", action="store_true", help="judge the findings of each chain too; half as dear again"
     )
     add_sampling_flags(parser)
-    add_scoring_flags(parser)
+    jobs.add_scoring_flags(parser)
     parser.set_defaults(max_num_seqs=256)  # 634 tokens a second on 2 cores, against 535 with 128 and 409 with 64
     args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
-    spark, asked = opened(args, JOB, drawing)
+    spark, asked = jobs.opened(args, JOB, drawing)
     sample(spark, args.tables, *asked, split=args.split, source=args.source, limit=args.limit, findings=args.findings)
     return 0
 
@@ -117,7 +114,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def drawing(args: argparse.Namespace, folder: str, stage: str) -> tuple[Scoring, Form, Sampling]:
     """Who is asked, the answers' form, and how they are drawn. Raises ValueError with a sentence."""
-    what = scoring(args, folder, stage)
+    what = jobs.scoring(args, folder, stage)
     return what, *sampling(args, what)
 
 
@@ -170,28 +167,25 @@ def sample(
     findings: bool = False,
 ) -> runs.Run:
     """Draws the samples that are not there yet; returns the run's row, that of an earlier run where it is continued."""
-    refuse_foreign_prompt(spark, root, what)
+    models.refuse_foreign_prompt(spark, root, what)
     if findings and made.name_ids is None:
         raise ValueError("--findings: this tokenizer begins two labels' names with one token; leave --findings away")
     draw = Draw(spark, root, what, made, asked, split)
-    try:
+    with draw.at_work():
         chosen = draw.missing(source, limit)
-        if findings:
-            draw.run = Findings(spark, root, what, draw.run, made).judge(chosen)
-    except BaseException as error:
-        runs.fail(spark, root, draw.run, error)
-        raise
-    finally:
-        delta.drop_scratch(spark, root, draw.run.run_id)
-    run = runs.finish(spark, root, draw.run, "done")
+    run = draw.run
+    if findings:
+        look = Findings(spark, root, what, run, made)
+        with look.at_work():
+            run = look.judge(chosen)
+    run = runs.finish(spark, root, run, "done")
     print(*told(spark, root, run, chosen), sep="\n", flush=True)
     return run
 
 
-class Draw(Waves):
+class Draw(Drawing):
     """One run: the samples of a split by one model, prompt and way of drawing."""
 
-    done = "sampled"
     # A pair is seconds of decoding and few tokens of prompt, so waves are cut by much less of these.
     least = 512
 
@@ -203,7 +197,7 @@ class Draw(Waves):
         run = runs.begin(spark, root, JOB, model_id, prompt_id, hashed)
         super().__init__(spark, root, what, run)
         self.settings_hash = hashed
-        self.made, self.asked, self.split = made, asked, split
+        self.form, self.sampling, self.split = made, asked, split
 
     def missing(self, source: str | None, limit: int | None) -> DataFrame:
         """Draws what is not there yet; returns the chosen pairs (pair_id, gold)."""
@@ -229,17 +223,8 @@ class Draw(Waves):
         prompts = rendered(todo, self.what.prompt).join(chosen.select("pair_id", "gold"), "pair_id", how="inner")
         line = self.land_line(prompts, "samples")
         self._count(seen=total, skipped=total - line.prompts)
-        if line.prompts:
-            self.planned(line, total, time.monotonic() - started)
-            self.check_first_use(line)
-            self.slow_down(line, self.asked.n * self.asked.max_tokens)
-            self.run_line(line, "samples")
+        self.run_through(line, "samples", total, started, self.sampling.n * self.sampling.max_tokens)
         return chosen.select("pair_id", "gold")
-
-    def ask(self, rows: DataFrame) -> DataFrame:
-        """The wave's samples, all of a pair in one row."""
-        draw = sampler(self.what.settings, self.made, self.asked, load_engine=self.what.load_engine)
-        return rows.mapInArrow(draw, sampled_schema(rows.schema), profile=self._profile())
 
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Merges the wave into `samples`, one row a sample."""
@@ -249,8 +234,8 @@ class Draw(Waves):
             "prompt_id": self.what.prompt.prompt_id,
             "run_id": self.run.run_id,
             "split": self.split,
-            "temperature": float(self.asked.temperature),
-            "seed": self.asked.seed,
+            "temperature": float(self.sampling.temperature),
+            "seed": self.sampling.seed,
         }
         rows = each.select(
             "pair_id", "sample", "gold", "content_hash", "one.*", *(F.lit(v).alias(k) for k, v in given.items())
@@ -276,40 +261,37 @@ class Findings(Waves):
 
     def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run, made: Form) -> None:
         super().__init__(spark, root, what, run)
-        self.made = made
+        self.form, self.label_ids = made, made.name_ids or ()
         self.settings_hash = run.settings_hash or self.settings_hash
 
     def judge(self, chosen: DataFrame) -> runs.Run:
         """Asks for the chains of the chosen pairs that were not asked about; returns the run's row."""
+        started = time.monotonic()
         open_ = self.samples().where("label IS NOT NULL AND entailed IS NULL")
         chains = open_.join(chosen, ["pair_id", "gold"], how="left_semi").select("pair_id", "chain").distinct()
         pairs = delta.read(self.spark, self.root, "pairs").join(chains, "pair_id", how="left_semi")
         prompts = rendered(pairs, self.what.prompt).join(chains, "pair_id", how="inner")
         prompts = prompts.select("pair_id", "chain", "ids", "group_tokens", "tokens_cut")
-        ask = questioner(self.made, to_arrow_schema(prompts.schema))
+        ask = questioner(self.form, to_arrow_schema(prompts.schema))
         line = self.land_line(prompts.mapInArrow(ask, prompts.schema), "findings")
-        if line.prompts:
-            self.planned(line, line.prompts, 0.0)
-            self.check_first_use(line)
-            self.run_line(line, "findings")
+        self.run_through(line, "findings", line.prompts, started)
         return replace(self.run, p_outside=None)  # that of names, not of labels
 
     def samples(self) -> DataFrame:
         """The run's samples."""
         return delta.read(self.spark, self.root, "samples").where(F.col("run_id") == self.run.run_id)
 
-    def ask(self, rows: DataFrame) -> DataFrame:
-        """Probabilities of the labels' names behind the findings."""
-        names = self.made.name_ids or ()
-        judge = scorer(self.what.settings, names, self.what.load_engine)
-        return rows.mapInArrow(judge, scored_schema(rows.schema), profile=self._profile())
-
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Puts what was found beside the samples of these chains."""
-        found = answered.select("pair_id", "chain", likeliest().alias("entailed"))
+        found = answered.select("pair_id", "chain", tiers.likeliest().alias("entailed"))
         rows = self.samples().drop("entailed").join(found, ["pair_id", "chain"], how="inner")
         landed = rows.where("label IS NOT NULL").select(*SAMPLES.names).localCheckpoint()
         delta.upsert(self.spark, self.root, "samples", landed)
+
+
+def pass_at_k(spark: SparkSession, samples: DataFrame) -> DataFrame:
+    """`PASS_AT_K` over some rows of `samples`: run_id, pair_id, gold, what, n, c, k, pass."""
+    return spark.sql(PASS_AT_K.replace("FROM samples", "FROM {samples}"), samples=samples)
 
 
 def told(spark: SparkSession, root: str, run: runs.Run, chosen: DataFrame) -> list[str]:
@@ -324,7 +306,7 @@ def told(spark: SparkSession, root: str, run: runs.Run, chosen: DataFrame) -> li
     )
     if mine.isEmpty():
         return [head]
-    passes = spark.sql(PASS_AT_K.replace("FROM samples", "FROM {samples}"), samples=mine)
+    passes = pass_at_k(spark, mine)
     table = [f"{JOB}:   {'':<22}{'pairs':>7}{'pass@1':>9}{'pass@4':>9}{'pass@n':>9}{'all wrong':>11}{'all right':>11}"]
     rows = passes.groupBy("what", "gold").agg(
         F.count_distinct("pair_id").alias("pairs"),

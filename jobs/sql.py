@@ -2,34 +2,31 @@
 
 sql --tables T "SELECT pairs.query, title, p_excellent FROM pairs JOIN label_probs USING (pair_id) LIMIT 10"
 sql --tables T          (a prompt: one statement a line, empty line or Ctrl-D ends)
+
+The statements are the operator's own, with all that Spark's SQL can do, writing and reading files too: no sandbox.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from pyspark.errors import PySparkException
-from pyspark.logger import PySparkLogger
 from pyspark.sql import SparkSession
 
-from partitioner import thresholds
-from schemas import delta
+import jobs
+from partitioner import tiers
+from schemas import delta, runs
 
 
 def main(argv: list[str]) -> int:
     """Runs one statement, or reads them one a line; a statement that fails is printed and, alone, gives exit code 2."""
-    parser = argparse.ArgumentParser(prog="sql", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser("sql", __doc__)
     parser.add_argument("--rows", type=int, default=100, help="print at most so many rows (default 100)")
     parser.add_argument("--width", type=int, default=40, help="cut columns at so many characters, 0: not at all")
     parser.add_argument("statement", nargs="?", help="one SQL statement; without it, a prompt")
     args = parser.parse_args(argv)
-    PySparkLogger.getLogger("SQLQueryContextLogger").disabled = True  # says each error once more, as JSON
     spark = delta.session("sql")
-    there = thresholds.register(spark, args.tables)
+    there = tiers.register(spark, args.tables)
     if not there:
         raise ValueError(
             f"there are no tables under {args.tables!r}; make them: ingest --tables {args.tables} --pairs FILE"
@@ -50,6 +47,6 @@ def _ask(spark: SparkSession, statement: str, rows: int, width: int) -> bool:
         spark.sql(statement.rstrip().rstrip(";")).show(rows, truncate=width or False)
     except PySparkException as error:
         # The first line says it; the plan and the JVM's stack do not help whoever wrote the SQL.
-        print(f"sql: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"sql: {runs.in_a_line(error)}", file=sys.stderr)
         return False
     return True

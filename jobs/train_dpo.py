@@ -15,7 +15,9 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
+import jobs
 from jobs import train_sft
+from partitioner import models
 from schemas import delta, gold
 from schemas.labels import LABELS, NAMES
 from schemas.tables import PREFERENCES
@@ -28,17 +30,15 @@ NEVER_RIGHT = "SELECT pair_id FROM samples WHERE run_id = '{}' GROUP BY pair_id 
 
 def main(argv: list[str]) -> int:
     """Builds the preferences, trains and registers; returns 0."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = jobs.parser(JOB, __doc__)
     train_sft.add_training_flags(parser, learning_rate=5e-5)
     train_sft.add_epoch_flags(parser, epochs=1)
     parser.add_argument("--beta", type=float, default=0.1, help="how dear it is to move away from the parent")
-    parser.add_argument("--per-pair", type=int, default=2, metavar="N", help="preferences of one pair, at most")
+    parser.add_argument(
+        "--per-pair", type=jobs.positive, default=2, metavar="N", help="preferences of one pair, at most"
+    )
     args = parser.parse_args(argv)
-    if args.per_pair < 1:
-        raise ValueError(f"--per-pair {args.per_pair}: at least 1 preference of a pair is needed")
-    spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
-    lesson = train_sft.read_lesson(spark, args)
+    spark, lesson = train_sft.opened(args, JOB)
     how = train_sft.settings(args, lesson, "dpo")
     pairs = gold.learnt_from(spark, args.tables, args.source)
     found = samples(spark, args, lesson, pairs)
@@ -116,7 +116,7 @@ def preferences(answers: DataFrame, per_pair: int, seed: int) -> DataFrame:
 def put(spark: SparkSession, args: argparse.Namespace, lesson: train_sft.Lesson, chosen: DataFrame) -> None:
     """Writes the parent's preferences; those of an earlier choice that are none any more go."""
     earlier = delta.read(spark, args.tables, "preferences").where(
-        (F.col("model_id") == lesson.parent.model_id) & (F.col("prompt_id") == lesson.prompt.prompt_id)
+        models.of(lesson.parent.model_id, lesson.prompt.prompt_id)
     )
     gone = earlier.join(chosen, list(PREFERENCES.key), how="left_anti")
     if not gone.isEmpty():

@@ -11,43 +11,55 @@ draws all pairs alike, to compare with.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from pyspark.sql import functions as F
 
+import jobs
 from jobs import train_sft
-from schemas import delta, gold
+from schemas import gold
 from udfs.render import rendered
+from udfs.train import TrainSettings
 
 JOB = "train_grpo"
 
 
 def main(argv: list[str]) -> int:
     """Trains and registers; returns 0."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = jobs.parser(JOB, __doc__)
     train_sft.add_training_flags(parser, learning_rate=3e-5)
     train_sft.add_batch_flag(parser)
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="steps of the optimizer")
-    parser.add_argument("--groups", type=int, default=4, help="pairs in one step and process")
-    parser.add_argument("--group", type=int, default=8, help="answers to a pair")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--steps", type=jobs.at_least(1), required=True, metavar="N", help="steps of the optimizer")
     parser.add_argument(
-        "--generated-tokens", type=int, default=0, help="end after so many tokens of answers (0: never)"
+        "--groups", type=jobs.at_least(1), default=TrainSettings.groups, help="pairs in one step and process"
     )
-    parser.add_argument("--refresh", type=int, default=50, metavar="R", help="steps between readings of the pass rates")
+    parser.add_argument("--group", type=jobs.at_least(2), default=TrainSettings.group, help="answers to a pair")
+    parser.add_argument("--max-tokens", type=jobs.at_least(2), default=TrainSettings.max_tokens, help="of an answer")
+    parser.add_argument(
+        "--generated-tokens",
+        type=jobs.at_least(0),
+        default=TrainSettings.generated_tokens,
+        help="end after so many tokens of answers (0: never)",
+    )
+    parser.add_argument(
+        "--refresh",
+        type=jobs.at_least(1),
+        default=TrainSettings.refresh,
+        metavar="R",
+        help="steps between readings of the pass rates",
+    )
     parser.add_argument("--sampling", choices=("difficulty", "uniform"), default="difficulty")
     parser.add_argument("--beta", type=float, default=0.02, help="weight of the KL term")
     parser.add_argument(
-        "--rewards", type=float, nargs=3, default=(1.0, 0.1, 0.2), metavar=("RIGHT", "FORM", "AGREES"), help="weights"
+        "--rewards",
+        type=float,
+        nargs=3,
+        default=TrainSettings.rewards,
+        metavar=("RIGHT", "FORM", "AGREES"),
+        help="weights",
     )
     args = parser.parse_args(argv)
-    for name, least in (("steps", 1), ("groups", 1), ("group", 2), ("max_tokens", 2), ("refresh", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least} is needed")
-    spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
-    lesson = train_sft.read_lesson(spark, args)
+    spark, lesson = train_sft.opened(args, JOB)
     how = train_sft.settings(args, lesson, "grpo", rewards=tuple(args.rewards), uniform=args.sampling == "uniform")
     pairs = train_sft.limited(gold.learnt_from(spark, args.tables, args.source), args)
     # A pass rate is that of the policy as it is, at temperature 1; runs at others say nothing about it.

@@ -16,17 +16,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from jobs import rescore
-from partitioner import engines
+import jobs
+from partitioner import engines, models
 from schemas import delta, gold, runs
 from udfs import adapter, answer
+from udfs.engine import number_type
 from udfs.model import Model, inspect, weights_hash
 from udfs.prompt import Prompt
 from udfs.prompt import load as load_prompt
@@ -58,36 +58,45 @@ class Lesson:
 
 def add_training_flags(parser: argparse.ArgumentParser, learning_rate: float) -> None:
     """The flags that the three stages share."""
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
     parser.add_argument("--model", required=True, metavar="M", help="the parent: demo-base, a folder, or a model_id")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder that is made")
     parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the parent's weights)")
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="train on at most so many of the pairs it could, always the same"
+        "--limit",
+        type=jobs.positive,
+        metavar="N",
+        help="train on at most so many of the pairs it could, always the same",
     )
     parser.add_argument("--full", action="store_true", help="train all weights, not a LoRA adapter")
-    parser.add_argument("--rank", type=int, help=f"of a new adapter (default {TrainSettings.rank})")
+    parser.add_argument("--rank", type=jobs.positive, help=f"of a new adapter (default {TrainSettings.rank})")
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default=TrainSettings.dtype, choices=("bfloat16", "float32"))
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
+        help="auto: bfloat16, on CPUs without instructions for it float32",
+    )  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
-    parser.add_argument("--checkpoint-every", type=int, default=TrainSettings.checkpoint_every, metavar="STEPS")
-    parser.add_argument("--processes", type=int, default=1, help="training processes, one a GPU (TorchDistributor)")
+    parser.add_argument(
+        "--checkpoint-every", type=jobs.positive, default=TrainSettings.checkpoint_every, metavar="STEPS"
+    )
+    parser.add_argument(
+        "--processes", type=jobs.positive, default=1, help="training processes, one a GPU (TorchDistributor)"
+    )
 
 
 def add_batch_flag(parser: argparse.ArgumentParser) -> None:
     """Of the stages that lay rows out as forests of a set size."""
-    parser.add_argument("--batch-tokens", type=int, default=TrainSettings.batch_tokens, help="tokens of one sequence")
+    parser.add_argument(
+        "--batch-tokens", type=jobs.positive, default=TrainSettings.batch_tokens, help="tokens of one sequence"
+    )
 
 
 def add_epoch_flags(parser: argparse.ArgumentParser, epochs: float) -> None:
     """Of the stages that go through their rows."""
     parser.add_argument("--epochs", type=float, default=epochs)
     parser.add_argument(
-        "--accumulate", type=int, default=TrainSettings.accumulate, help="batches in one optimizer step"
+        "--accumulate", type=jobs.positive, default=TrainSettings.accumulate, help="batches in one optimizer step"
     )
 
 
@@ -96,22 +105,26 @@ def settings(args: argparse.Namespace, lesson: Lesson, stage: str, **more: Any) 
     names = {field.name for field in fields(TrainSettings)}
     flags = {name: value for name, value in vars(args).items() if name in names and value is not None}
     flags |= {"stage": stage, "base": lesson.base, "adapter": lesson.adapter, "out": str(Path(args.out).absolute())}
+    dtype = number_type(args.dtype, engines.on_cpu())
+    flags["dtype"] = TrainSettings.dtype if dtype == "auto" else dtype
     return TrainSettings(**flags | more)
 
 
 def main(argv: list[str]) -> int:
     """Trains and registers; returns 0."""
-    parser = argparse.ArgumentParser(prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = jobs.parser(JOB, __doc__)
     add_training_flags(parser, learning_rate=5e-4)
     add_batch_flag(parser)
     add_epoch_flags(parser, epochs=3)
     parser.add_argument("--order", choices=answer.ORDERS, default="post", help="post: label, then chain")
     parser.add_argument("--labels-only", action="store_true", help="teach the label alone; no chains are needed")
-    parser.add_argument("--label-weight", type=float, default=4.0, help="of a label, a chain token has 1")
+    parser.add_argument(
+        "--label-weight", type=float, default=TrainSettings.label_weight, help="of a label, a chain token has 1"
+    )
     parser.add_argument(
         "--balance",
         type=float,
-        default=0.0,
+        default=TrainSettings.balance,
         metavar="POWER",
         help="rarer labels weigh more, by (mean count / own count) to this power; 1: all labels alike (default 0: off)",
     )
@@ -120,9 +133,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("--labels-only teaches no chain that --order pre could put first; leave one of the two away")
     if not 0 <= args.balance <= 1:
         raise ValueError(f"--balance {args.balance}: allowed is 0 (off) to 1 (all labels weigh alike)")
-    spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
-    lesson = read_lesson(spark, args, args.order)
+    spark, lesson = opened(args, JOB, args.order)
     how = settings(args, lesson, "sft")
     pairs = gold.learnt_from(spark, args.tables, args.source)
     chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"))
@@ -151,9 +162,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None = None) -> Lesson:
-    """The parent and how it is asked. Raises ValueError with a sentence, before any work."""
-    folder = rescore.named_folder(spark, args.tables, args.model)
+def opened(args: argparse.Namespace, job: str, order: str | None = None) -> tuple[SparkSession, Lesson]:
+    """Spark over the tables, and the parent; one that is named by its folder is looked at before Spark starts."""
+    folder = models.named(args.model)
+    lesson = read_lesson(folder, args, order) if folder else None
+    spark = delta.session(job)
+    delta.prepare(spark, args.tables)
+    return spark, lesson or read_lesson(models.registered(spark, args.tables, args.model)[0], args, order)
+
+
+def read_lesson(folder: str, args: argparse.Namespace, order: str | None = None) -> Lesson:
+    """The parent in a folder and how it is asked. Raises ValueError with a sentence, before any work."""
     recipe = adapter.recipe(folder)
     is_adapter = adapter.is_adapter(folder)
     if is_adapter and args.full:
@@ -163,8 +182,8 @@ def read_lesson(spark: SparkSession, args: argparse.Namespace, order: str | None
             "--full trains all weights" if args.full else f"{folder} is an adapter, which is trained on at its own rank"
         )
         raise ValueError(f"--rank {args.rank}: {what}; leave --rank away")
-    parent = inspect(rescore.whole_folder(folder))
-    base = rescore.base_folder(folder) if is_adapter else folder
+    parent = inspect(models.whole_folder(folder))
+    base = models.base_folder(folder) if is_adapter else folder
     source = args.prompt or parent.prompt_file
     if source is None:
         raise ValueError(f"{folder} has no prompt.json; name one by --prompt FILE (demo/prompt.json is one that works)")
@@ -211,9 +230,7 @@ def answered(
     """The parent's sampled answers to the present text and judgement of train `pairs`: those of the run with most pairs
     among those of several answers a pair, of equals the newest."""
     asked = delta.read(spark, args.tables, "samples").where(
-        (F.col("model_id") == lesson.parent.model_id)
-        & (F.col("prompt_id") == lesson.prompt.prompt_id)
-        & (F.col("split") == "train")
+        models.of(lesson.parent.model_id, lesson.prompt.prompt_id) & (F.col("split") == "train")
     )
     present = pairs.select("pair_id", "content_hash", F.col("label").alias("gold"))
     mine = asked.where(where).join(present, ["pair_id", "content_hash", "gold"], how="left_semi")
@@ -241,7 +258,7 @@ def train(
     """Lands the rows, trains, merges and registers; returns the new model's id. The run's row tells how it ended."""
     job = f"train_{how.stage}"
     run = runs.start(spark, args.tables, job, lesson.parent.model_id, lesson.prompt.prompt_id)
-    try:
+    with runs.recorded(spark, args.tables, lambda: run):
         Path(how.out).mkdir(parents=True, exist_ok=True)
         with alone_in(how.out):
             recipe = {
@@ -258,16 +275,12 @@ def train(
             figures = launch(how, args.processes, not engines.is_local(spark), **more)
             shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
             recipe |= {"metrics": figures}
-            leave(how, lesson.base_name, lesson.base)
+            leave(how, lesson.base_name)
             adapter.write_recipe(how.out, recipe)  # merging reads it
-            made = inspect(rescore.whole_folder(how.out))
+            made = inspect(models.whole_folder(how.out))
             adapter.write_recipe(how.out, recipe | {"merged_hash": made.weights_hash})
             print(f"{job}: its log as charts: {draw(how.out)}")
-            rows = delta.rows(spark, "models", [model_row(made, how.out, recipe)])
-            delta.upsert(spark, args.tables, "models", rows)
-    except BaseException as error:
-        runs.fail(spark, args.tables, run, error)
-        raise
+            models.register(spark, args.tables, made, how.stage, how.out)
     runs.finish(spark, args.tables, replace(run, counts={"trained": len(data)}), "done")
     print(f"{job}: made model {made.model_id}; score with it: rescore --tables {args.tables} --model {how.out}")
     return made.model_id
@@ -289,13 +302,3 @@ def sources(spark: SparkSession, args: argparse.Namespace) -> list[str]:
     """Sources of gold whose train split is learnt from."""
     rows = delta.read(spark, args.tables, "gold").where("split = 'train'").select("source").distinct().collect()
     return sorted(row["source"] for row in rows if args.source in (None, row["source"]))
-
-
-def model_row(made: Model, path: str, recipe: dict[str, Any]) -> list[Any]:
-    """A trained model as a row of `models`."""
-    config = {name: str(value) for name, value in recipe["settings"].items()}
-    metrics = {name: value for name, value in recipe["metrics"].items() if value == value}
-    return [
-        made.model_id, path, recipe["base"], recipe["stage"], recipe["prompt_id"], made.weights_hash,
-        recipe["parent_id"], metrics, datetime.now(UTC), recipe["data_hash"], config, recipe["trained_on"],
-    ]  # fmt: skip

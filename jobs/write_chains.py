@@ -27,16 +27,15 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import ArrayType, IntegerType, StructField, StructType
 
-from jobs.rescore import add_scoring_flags, opened, scoring
+import jobs
 from jobs.sample import refuse_wrong_draw
-from partitioner.waves import Waves
+from partitioner.waves import Drawing
 from schemas import canonical, delta, files, formats, gold, inputs, runs
 from schemas.labels import LABELS, NAMES
 from schemas.tables import CHAINS
 from udfs import teacher
 from udfs.answer import Form, conclusion, required_end_ids
 from udfs.engine import Sampling
-from udfs.sample import sampled_schema, sampler
 from udfs.score import Scoring
 from udfs.teacher import TeacherPrompt
 
@@ -47,35 +46,27 @@ POOL = 100_000  # judged pairs that neighbours are looked for among; TF-IDF of s
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0, or 3 where nothing of a file could be read."""
-    # In full only: `--teacher MODEL` would be taken for --teacher-prompt.
-    parser = argparse.ArgumentParser(
-        prog=JOB, description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--tables", required=True, type=delta.root, metavar="T", help="root folder or URI of the tables"
-    )
+    parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--chains", metavar="FILE", help="chains written elsewhere; without it, --model writes them")
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
     parser.add_argument("--teacher-prompt", metavar="FILE", help="what a teacher is asked (default: demo/teacher.json)")
-    parser.add_argument("--limit", type=int, metavar="PAIRS", help="so many pairs, always the same ones")
+    parser.add_argument("--limit", type=jobs.positive, metavar="PAIRS", help="so many pairs, always the same ones")
     parser.add_argument("--n", type=int, default=1, help="chains a pair; the first right one is kept (default 1)")
     parser.add_argument("--temperature", type=float, help="default: 0 for one chain a pair, else 1")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other chains")
     parser.add_argument("--max-tokens", type=int, default=96, help="of a chain, its end included (default 96)")
     parser.add_argument("--again", action="store_true", help="ask again for pairs whose chain was dropped")
-    add_scoring_flags(parser, model_required=False)
+    jobs.add_scoring_flags(parser, model_required=False)
     args = parser.parse_args(argv)
     if (args.chains is None) == (args.model is None):
         raise ValueError("chains come either from --chains FILE or from a teacher, --model M: name one of them")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least 1 pair is needed")
     if args.chains is not None:
         files.refuse_wrong_path("--chains", args.chains)
         spark = delta.session(JOB)
         delta.prepare(spark, args.tables)
         counts = from_file(spark, args.tables, args.chains, args.source).counts
-        return 3 if counts["refused_files"] and not counts["read"] else 0
-    spark, teaches = opened(args, JOB, teaching)
+        return jobs.GATE_FAILED if counts["refused_files"] and not counts["read"] else jobs.DONE
+    spark, teaches = jobs.opened(args, JOB, teaching)
     if args.again and not teaches[2].temperature:
         print(
             f"{JOB}: at temperature 0 a pair whose rules and neighbours are as they were gets the same chain again; "
@@ -88,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 def teaching(args: argparse.Namespace, folder: str, stage: str) -> tuple[Scoring, TeacherPrompt, Sampling]:
     """The teacher, what it is asked, and how its chains are drawn. Raises ValueError with a sentence."""
-    what = scoring(args, folder, stage)
+    what = jobs.scoring(args, folder, stage)
     temperature = args.temperature if args.temperature is not None else float(args.n > 1)
     asked = Sampling(args.max_tokens, required_end_ids(what.model), args.n, temperature, seed=args.seed)
     refuse_wrong_draw(asked, what)
@@ -100,14 +91,9 @@ def teaching(args: argparse.Namespace, folder: str, stage: str) -> tuple[Scoring
 def from_file(spark: SparkSession, root: str, where: str, source: str | None = None) -> runs.Run:
     """Brings the chains of a file; returns the run's row."""
     brought = Chains(spark, root, source, runs.start(spark, root, JOB))
-    try:
+    with runs.recorded(spark, root, brought.counted):
         brought.from_file(where)
-    except BaseException as error:
-        runs.fail(spark, root, brought.counted(), error)
-        raise
-    finally:
-        delta.drop_scratch(spark, root, brought.run.run_id)
-    run = runs.finish(spark, root, brought.counted(), "done")
+        run = runs.finish(spark, root, brought.counted(), "done")
     print(*brought.told, sep="\n", flush=True)
     return run
 
@@ -125,16 +111,11 @@ def from_teacher(
     """Lets a teacher write the chains that are not there yet; returns the run's row."""
     run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id)
     lesson = Lesson(spark, root, what, run, prompt, asked)
-    try:
+    with lesson.at_work():
         chosen = lesson.write_missing(source, limit, again)
-    except BaseException as error:
-        runs.fail(spark, root, lesson.run, error)
-        raise
-    finally:
-        delta.drop_scratch(spark, root, run.run_id)
-    there = delta.read(spark, root, "chains").where(F.col("teacher") == what.model.model_id)
-    told, counts = by_label(there.join(chosen, "pair_id", how="left_semi"))
-    run = runs.finish(spark, root, replace(lesson.run, counts=lesson.run.counts | counts), "done")
+        there = delta.read(spark, root, "chains").where(F.col("teacher") == what.model.model_id)
+        told, counts = by_label(there.join(chosen, "pair_id", how="left_semi"))
+        run = runs.finish(spark, root, replace(lesson.run, counts=lesson.run.counts | counts), "done")
     print(
         f"{JOB}: done · {run.counts['seen']:,} pairs, {run.counts['skipped']:,} were answered before, "
         f"{run.counts.get('sampled', 0):,} asked · {run.generated_tokens or 0:,} tokens written",
@@ -157,10 +138,10 @@ class Chains:
     def from_file(self, where: str) -> None:
         """Chains of a file, those of train pairs; of a pair it may bring one."""
         found = inputs.listed(self.spark, where, "canonical", formats.CHAINS)
-        rows = inputs.judged(self.spark, found, self.landing("rows"))
+        rows = inputs.judged(self.spark, found, delta.scratch(self.root, self.run.run_id, "rows"))
         good, bad = rows.rows.where("reason IS NULL"), rows.rows.where("reason IS NOT NULL")
         said = F.struct("label", "chain")
-        torn = inputs.contradictions(good, {"two chains of one pair": ([F.col("pair_id")], said)}, self.land)
+        torn = inputs.contradictions(good, [("two chains of one pair", [F.col("pair_id")], said)], self.land)
         if torn is not None:
             place = ["file", "block", "n"]
             bad = bad.unionByName(good.drop("reason").join(torn, place, how="inner"))
@@ -194,31 +175,25 @@ class Chains:
         schema = StructType([*chains.schema.fields, StructField("concluded", IntegerType())])
         return self.land("judged", chains.mapInArrow(_concluded, schema).withColumn("reason", why_not()))
 
-    def landing(self, name: str) -> str:
-        """Where a step of this run lands its rows."""
-        return delta.scratch(self.root, self.run.run_id, name)
-
     def land(self, name: str, frame: DataFrame) -> DataFrame:
-        """Writes a step's rows once, so that what reads them twice (a MERGE does) reads the same rows."""
-        frame.write.mode("overwrite").parquet(self.landing(name))
-        return self.spark.read.schema(frame.schema).parquet(files.literal(self.landing(name)))
+        """Writes a step's rows once."""
+        return delta.land(self.spark, self.root, self.run.run_id, name, frame)
 
     def counted(self) -> runs.Run:
         """The run's row with the counts so far."""
         return replace(self.run, counts=dict(self.counts))
 
 
-class Lesson(Waves):
+class Lesson(Drawing):
     """One run: a teacher writes chains for judged train pairs, shown their judged neighbours."""
 
-    done = "sampled"
     least = 2048
 
     def __init__(
         self, spark: SparkSession, root: str, what: Scoring, run: runs.Run, prompt: TeacherPrompt, asked: Sampling
     ) -> None:
         super().__init__(spark, root, what, run)
-        self.prompt, self.asked = prompt, asked
+        self.prompt, self.sampling = prompt, asked
         # A teacher answers with the chain alone: no token of it is a label's.
         self.form = Form("post", (-1, -2, -3, -4), asked.end_ids, None, prompt.reserved, prompt.tokenizer_json)
 
@@ -241,11 +216,7 @@ class Lesson(Waves):
         todo = chosen.join(there, ["pair_id", "content_hash", "label"], how="left_anti")
         line = self.land_line(self.rendered(with_neighbours(todo, pool, self.prompt)), "chains")
         self._count(seen=total, skipped=total - line.prompts)
-        if line.prompts:
-            self.planned(line, total, time.monotonic() - started)
-            self.check_first_use(line)
-            self.slow_down(line, self.asked.n * self.asked.max_tokens)
-            self.run_line(line, "chains")
+        self.run_through(line, "chains", total, started, self.sampling.n * self.sampling.max_tokens)
         return chosen.select("pair_id")
 
     def rendered(self, pairs: DataFrame) -> DataFrame:
@@ -255,11 +226,6 @@ class Lesson(Waves):
         made += [StructField(name, IntegerType()) for name in ("group_tokens", "tokens_cut")]
         schema = StructType(kept + made)
         return pairs.mapInArrow(teacher.asked(self.prompt, to_arrow_schema(schema)), schema)
-
-    def ask(self, rows: DataFrame) -> DataFrame:
-        """The wave's chains, all of a pair in one row."""
-        draw = sampler(self.what.settings, self.form, self.asked, load_engine=self.what.load_engine)
-        return rows.mapInArrow(draw, sampled_schema(rows.schema), profile=self._profile())
 
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Merges the wave into `chains`: of a pair the first right chain, or else the first."""

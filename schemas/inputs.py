@@ -20,6 +20,8 @@ from schemas.formats import Wanted
 
 _LINES_TOLD = 20  # of a contradiction, in its reason
 
+Claim = tuple[str, Sequence[Column], Column]  # kind, key, and what a row says of it
+
 
 @dataclass(frozen=True)
 class Input:
@@ -168,15 +170,15 @@ def quarantine(spark: SparkSession, root: str, bad: DataFrame, source: str, stag
 
 
 def contradictions(
-    rows: DataFrame, claims: Mapping[str, tuple[Sequence[Column], Column]], land: Callable[[str, DataFrame], DataFrame]
+    rows: DataFrame, claims: Sequence[Claim], land: Callable[[str, DataFrame], DataFrame]
 ) -> DataFrame | None:
     """Rows that contradict another one: file, block, n, and a reason that names the lines of all; None where none do.
 
-    `claims`: by kind, a key and what a row says of it; two rows of one key must say the same, null says nothing.
+    `claims`: two rows of one kind and key must say the same of it; null says nothing.
     """
     said = [
         F.struct(F.lit(kind).alias("kind"), tables.hash_fields(list(key)).alias("key"), value.alias("value"))
-        for kind, (key, value) in claims.items()
+        for kind, key, value in claims
     ]
     place = ["file", "block", "n"]
     each = rows.select(*place, "name", "line", F.inline(F.array(*said)))

@@ -11,7 +11,8 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import reduce
@@ -106,11 +107,13 @@ def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: st
     rows = delta.read(spark, root, "runs").where(reduce(and_, (F.col(c) == value for c, value in wanted.items())))
     row = rows.orderBy(F.desc("started_at"), F.desc("run_id")).head()
     if row is None:
-        return start(spark, root, job, model_id, prompt_id, settings_hash)
+        return start(spark, root, job, model_id, prompt_id, settings_hash, alone=True)
     refuse_second(spark, root, job, model_id, prompt_id)
     run = replace(Run(**row.asDict()), status="running", message=None, finished_at=None, counts={})
+    if not delta.upsert(spark, root, "runs", _row(spark, run), "old.status <> 'running'")["updated"]:
+        # Another one went on with it at the same moment; where that has ended since, it is this one's turn.
+        return begin(spark, root, job, model_id, prompt_id, settings_hash)
     _lease(spark, root, run.run_id).take()
-    write(spark, root, run)
     last = run
     return run
 
@@ -132,6 +135,18 @@ class Unmet(ValueError):
 def fail(spark: SparkSession, root: str, run: Run, error: BaseException) -> Run:
     """Writes that the run ended by an error, with what it says in a line, and returns the row."""
     return finish(spark, root, run, "failed", in_a_line(error))
+
+
+@contextmanager
+def recorded(spark: SparkSession, root: str, now: Callable[[], Run]) -> Iterator[None]:
+    """An error in here ends the run's row, as `now` gives it; what the run landed is removed in any case."""
+    try:
+        yield
+    except BaseException as error:
+        fail(spark, root, now(), error)
+        raise
+    finally:
+        delta.drop_scratch(spark, root, now().run_id)
 
 
 def in_a_line(error: BaseException) -> str:
@@ -223,10 +238,8 @@ class Lease:
 
     def __init__(self, spark: SparkSession, file: str) -> None:
         self._file = file
-        jvm: Any = spark._jvm
-        self._jvm = jvm
-        self._path = jvm.org.apache.hadoop.fs.Path(file)
-        self._storage = self._path.getFileSystem(spark._jsc.hadoopConfiguration())
+        self._jvm: Any = spark._jvm
+        self._storage, self._path = delta.storage_of(spark, file)
 
     def take(self) -> None:
         """Takes the lease and renews it from a thread until `give_up` or the end of this process."""

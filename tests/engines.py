@@ -10,7 +10,7 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -109,16 +109,6 @@ def written(ids: Sequence[int], seed: int) -> tuple[int, ...]:
     return tuple(form.target(label, chain)[1 if chosen else 0 :])
 
 
-_loaded: dict[EngineSettings, FakeEngine] = {}
-
-
-def load_fake(settings: EngineSettings) -> Engine:
-    """One fake engine a worker process and settings, as the real loader does."""
-    if settings not in _loaded:
-        _loaded[settings] = FakeEngine(settings)
-    return _loaded[settings]
-
-
 class DriftingEngine(FakeEngine):
     """Answers differently each time, as an engine with a corrupted cache would."""
 
@@ -129,13 +119,6 @@ class DriftingEngine(FakeEngine):
             self.busy_seconds += 0.001
             yield Answer(index, logprobs([*prompt, len(self.seen)]), 0)
             self.seen.add((len(self.seen),))
-
-
-def load_drifting(settings: EngineSettings) -> Engine:
-    """The drifting engine of this worker process."""
-    if settings not in _loaded:
-        _loaded[settings] = DriftingEngine(settings)
-    return _loaded[settings]
 
 
 class MortalEngine(FakeEngine):
@@ -157,13 +140,6 @@ class MortalEngine(FakeEngine):
                 with Watchdog(self.hang_seconds):
                     time.sleep(600)
             yield answer
-
-
-def load_mortal(settings: EngineSettings) -> Engine:
-    """The mortal engine of this worker process."""
-    if settings not in _loaded:
-        _loaded[settings] = MortalEngine(settings)
-    return _loaded[settings]
 
 
 class PoisonedEngine(FakeEngine):
@@ -198,13 +174,6 @@ class PoisonedEngine(FakeEngine):
             yield prompt
 
 
-def load_poisoned(settings: EngineSettings) -> Engine:
-    """The poisoned engine of this worker process."""
-    if settings not in _loaded:
-        _loaded[settings] = PoisonedEngine(settings)
-    return _loaded[settings]
-
-
 class FallingEngine(FakeEngine):
     """Goes wrong after some prompts, as one with a corrupted cache. Its folder (`settings.model`) says after how many,
     and whether engines that are loaded later do so too."""
@@ -224,13 +193,6 @@ class FallingEngine(FakeEngine):
             yield answer if self.left > 0 else Answer(answer.index, tuple(reversed(answer.logprobs)), answer.cached)
 
 
-def load_falling(settings: EngineSettings) -> Engine:
-    """The falling engine of this worker process."""
-    if settings not in _loaded:
-        _loaded[settings] = FallingEngine(settings)
-    return _loaded[settings]
-
-
 class BelievingEngine(FakeEngine):
     """Calls everything Irrelevant but what has the query's words once more in its text: that is Related."""
 
@@ -243,13 +205,6 @@ class BelievingEngine(FakeEngine):
             text, _, query = tokenizer.decode(list(ids)).rpartition("Query: ")
             p = (0.1, 0.6, 0.1, 0.2) if query.partition("\n")[0] in text else (0.1, 0.1, 0.1, 0.7)
             yield Answer(index, tuple(map(math.log, p)), 0)
-
-
-def load_believing(settings: EngineSettings) -> Engine:
-    """The believing engine of this worker process."""
-    if settings not in _loaded:
-        _loaded[settings] = BelievingEngine(settings)
-    return _loaded[settings]
 
 
 class UnevenEngine(FakeEngine):
@@ -273,13 +228,6 @@ class UnevenEngine(FakeEngine):
                 asked.write(json.dumps({"slow": self.slow, "began": began, "ended": time.time()}) + "\n")
 
 
-def load_uneven(settings: EngineSettings) -> Engine:
-    """The uneven engine of this worker process."""
-    if settings not in _loaded:
-        _loaded[settings] = UnevenEngine(settings)
-    return _loaded[settings]
-
-
 class HungryEngine(FakeEngine):
     """Runs out of memory with more than 32 prompts in a step, as real ones do: inside the engine's own guard."""
 
@@ -294,13 +242,6 @@ class HungryEngine(FakeEngine):
             if self.room > 32:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         yield from super().answers(prompts, label_ids, ahead)
-
-
-def load_hungry(settings: EngineSettings) -> Engine:
-    """The hungry engine of this worker process."""
-    if settings not in _loaded:
-        _loaded[settings] = HungryEngine(settings)
-    return _loaded[settings]
 
 
 class DoomedEngine(FakeEngine):
@@ -325,8 +266,41 @@ class DoomedEngine(FakeEngine):
             os._exit(70)
 
 
-def load_doomed(settings: EngineSettings) -> Engine:
-    """The doomed engine of this worker process."""
+class SlowEngine(FakeEngine):
+    """Takes two seconds a prompt; the file `asked` in its folder (`settings.model`) says that it has begun."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.folder = Path(settings.model)
+
+    def answers(
+        self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
+    ) -> Iterator[Answer]:
+        for answer in super().answers(prompts, label_ids, ahead):
+            if answer.index >= 12:  # no prompt of the first-use check
+                (self.folder / "asked").touch()
+                time.sleep(2)
+            yield answer
+
+
+_loaded: dict[EngineSettings, FakeEngine] = {}
+
+
+def _load(kind: type[FakeEngine], settings: EngineSettings) -> Engine:
+    """One engine a worker process and settings, as the real loader does."""
     if settings not in _loaded:
-        _loaded[settings] = DoomedEngine(settings)
+        _loaded[settings] = kind(settings)
     return _loaded[settings]
+
+
+# Workers find `_load` by its name, and with it the one `_loaded` of their process.
+load_fake = partial(_load, FakeEngine)
+load_drifting = partial(_load, DriftingEngine)
+load_mortal = partial(_load, MortalEngine)
+load_poisoned = partial(_load, PoisonedEngine)
+load_falling = partial(_load, FallingEngine)
+load_believing = partial(_load, BelievingEngine)
+load_uneven = partial(_load, UnevenEngine)
+load_hungry = partial(_load, HungryEngine)
+load_doomed = partial(_load, DoomedEngine)
+load_slow = partial(_load, SlowEngine)

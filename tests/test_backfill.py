@@ -15,11 +15,11 @@ from pyspark.sql import functions as F
 
 from jobs import rescore as job
 from jobs.backfill import Chosen, backfill, condition, shifts
-from jobs.rescore import in_portions
 from partitioner import prefix, waves
+from partitioner.night import Night, in_portions
 from schemas import delta, runs
 from tests import invariants, judged
-from tests.test_rescore import PRODUCTS, QUERIES, probs, put, scoring
+from tests.pairs import PRODUCTS, QUERIES, probs, put, scoring
 
 MODEL = "0123456789abcdef"
 
@@ -143,16 +143,16 @@ def test_the_deadline_ends_it_after_a_wave_and_the_next_run_goes_on(
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(24)])
     monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
     monkeypatch.setattr(prefix, "HOT_TOKENS", 600)
-    write, written = job.Night.write, 0
+    write, written = Night.write, 0
 
-    def late(night: job.Night, answered: Any, wave_id: str) -> None:
+    def late(night: Night, answered: Any, wave_id: str) -> None:
         nonlocal written
         written += 1
         write(night, answered, wave_id)
         if written == 2:
             night.deadline = datetime.now() - timedelta(seconds=1)
 
-    monkeypatch.setattr(job.Night, "write", late)
+    monkeypatch.setattr(Night, "write", late)
     run = backfill(spark, root, scoring(), deadline=datetime.now() + timedelta(hours=1))
     kept = probs(spark, root).count()
     assert run.status == "stopped"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import check, rescore
+import jobs
+from jobs import check
 from schemas import delta
 from tests import judged
 
@@ -17,7 +18,7 @@ from tests import judged
 def points(tmp_path: Path, root: str | None, model: str) -> dict[str, tuple[bool, str]]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tables", type=delta.root)
-    rescore.add_scoring_flags(parser)
+    jobs.add_scoring_flags(parser)
     flags = ["--model", model, *(["--tables", root] if root else [])]
     found, _ = check.looked_at(parser.parse_args(flags))
     return {name: (blocked, told) for name, blocked, told in found}

@@ -43,7 +43,8 @@ def task(batches):
 
 gpus = int(sys.argv[2])
 profile = engines.profile(spark, gpus)
-assert engines.count(spark, gpus) == 2
+engines.refuse_unfit(spark, gpus)
+assert engines.count(spark) == 2
 assert profile.id == engines.profile(spark, gpus).id
 said = spark.range(0, 100, 1, 6).mapInArrow(task, "said string", profile=profile).collect()
 print(json.dumps([json.loads(row.said) for row in said]))
@@ -58,7 +59,7 @@ from partitioner import prefix, waves
 from schemas import delta
 from tests.conftest import QUICK
 from tests.engines import load_uneven
-from tests.test_rescore import put, scoring
+from tests.pairs import put, scoring
 
 master, root, folder = sys.argv[1:]
 waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 2000

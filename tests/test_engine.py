@@ -137,7 +137,7 @@ VllmEngine(EngineSettings(model=model, dtype="float32", max_model_len=256))
 """
 
 
-def test_a_step_is_as_large_as_was_asked_or_as_its_device_wants() -> None:
+def test_the_engine_is_told_what_was_asked_for_or_what_its_device_wants() -> None:
     def step(on_cpu: bool, **asked: int) -> tuple[int, int]:
         told = vllm_arguments(EngineSettings(model="m", **asked), on_cpu)  # type: ignore[arg-type]
         return told["max_num_seqs"], told["max_num_batched_tokens"]
@@ -145,6 +145,10 @@ def test_a_step_is_as_large_as_was_asked_or_as_its_device_wants() -> None:
     assert step(on_cpu=True) == STEP_ON_CPU
     assert step(on_cpu=False) == STEP_ON_GPU
     assert step(on_cpu=False, max_num_seqs=7, max_num_batched_tokens=99) == (7, 99)
+    told = vllm_arguments(EngineSettings(model="m"), on_cpu=True)
+    assert (told["load_format"], told["trust_remote_code"]) == ("safetensors", False)
+    assert told["hf_overrides"] == {"head_dtype": "float32"}
+    assert vllm_arguments(EngineSettings(model="m", fp32_head=False), on_cpu=True)["hf_overrides"] == {}
     # On CPU a step takes whole prompts.
     assert step(on_cpu=True, max_num_batched_tokens=99, max_model_len=300) == (STEP_ON_CPU[0], 300)
 

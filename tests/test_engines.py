@@ -63,13 +63,27 @@ def test_executors_of_unlike_cores_are_used_all_or_refused(
 ) -> None:
     monkeypatch.setattr(engines, "is_local", lambda _: False)
     monkeypatch.setattr(engines, "_cores", lambda _: [8, 6])
-    assert engines.count(spark, 1) == 2
+    assert engines.count(spark) == 2
     profile = engines.profile(spark, 1)
     assert profile is not None
     assert profile.taskResources["cpus"].amount == 6
     monkeypatch.setattr(engines, "_cores", lambda _: [8, 4])
     with pytest.raises(ValueError, match=r"--conf spark\.executor\.cores=4"):
-        engines.count(spark, 1)
+        engines.refuse_unfit(spark, 1)
+
+
+def test_a_task_asks_for_as_many_cores_as_before_when_the_only_executor_is_lost(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "is_local", lambda _: False)
+    monkeypatch.setattr(engines, "_smallest", {})
+    asked = []
+    for cores in ([8], [], [8]):
+        monkeypatch.setattr(engines, "_cores", lambda _, cores=cores: cores)
+        profile = engines.profile(spark, 1)
+        assert profile is not None
+        asked.append((profile.id, profile.taskResources["cpus"].amount, engines.count(spark)))
+    assert asked == [(asked[0][0], 8, 1)] * 3
 
 
 @pytest.mark.parametrize(("asked", "told"), [(2, "more GPUs than an executor has"), (1, None), (0, "fewer GPUs")])
@@ -80,10 +94,11 @@ def test_an_engine_takes_all_gpus_of_its_executor_or_is_refused(
     monkeypatch.setattr(engines, "_cores", lambda _: [8, 8, 2])
     monkeypatch.setattr(engines, "gpus_per_executor", lambda _: 1)
     if told is None:
-        assert engines.count(spark, asked) == 3
+        engines.refuse_unfit(spark, asked)
+        assert engines.count(spark) == 3
         return
     with pytest.raises(ValueError, match=rf"--tensor-parallel {asked} asks for {told}.*gpu\.amount={asked}"):
-        engines.count(spark, asked)
+        engines.refuse_unfit(spark, asked)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +118,7 @@ def test_a_task_needs_a_second_try(master: str, failures: str, mend: str | None)
     assert (engines._tries(SimpleNamespace(sparkContext=context)) < 2) == (mend is not None)  # type: ignore[arg-type]
     if mend:
         with pytest.raises(ValueError, match=mend):
-            engines.count(SimpleNamespace(sparkContext=context), 1)  # type: ignore[arg-type]
+            engines.refuse_unfit(SimpleNamespace(sparkContext=context), 1)  # type: ignore[arg-type]
 
 
 def test_only_the_thread_that_asks_for_an_engines_workers_gets_them(spark: SparkSession) -> None:

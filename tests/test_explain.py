@@ -11,9 +11,9 @@ from pyspark.sql import SparkSession
 from jobs.explain import chosen, explain
 from schemas import delta
 from schemas.labels import LABELS, P_COLUMNS
-from tests import judged, test_rescore
+from tests import judged, pairs
 from tests.engines import answer_form, written
-from tests.test_rescore import PRODUCTS, QUERIES, put
+from tests.pairs import PRODUCTS, QUERIES, put
 from udfs import adapter
 from udfs.answer import conclusion
 from udfs.engine import Sampling
@@ -28,7 +28,7 @@ KETTLES = "SELECT pair_id FROM pairs WHERE product_id LIKE 'k%' ORDER BY pair_id
 @pytest.fixture
 def what(tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     """A model whose folder names the token that ends its answers."""
-    made = test_rescore.scoring()
+    made = pairs.scoring()
     folder = tmp_path_factory.mktemp("model")
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {FORM.end_ids[0]}}}')
     model = Model(str(folder), "0123456789abcdef", "ff", "Fake", 512, 2048, made.model.tokenizer_json, None, None, "")

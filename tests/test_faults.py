@@ -7,8 +7,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,13 +29,15 @@ from pyspark.sql import functions as F
 
 from jobs import rescore as job
 from jobs.rescore import rescore
-from partitioner import engines, prefix, waves
+from partitioner import engines, models, prefix, waves
+from partitioner import night as nights
+from partitioner.night import Night
 from schemas import crash, delta, runs
 from schemas.labels import P_COLUMNS
 from tests import invariants, judged
 from tests.conftest import QUICK, REPO
-from tests.engines import load_drifting, load_falling, load_hungry, load_poisoned, logprobs
-from tests.test_rescore import PRODUCTS, QUERIES, probs, put, scoring
+from tests.engines import load_drifting, load_falling, load_hungry, load_poisoned, load_slow, logprobs
+from tests.pairs import PRODUCTS, QUERIES, probs, put, scoring
 from udfs.engine import EngineSettings
 from udfs.prompt import Renderer
 from udfs.score import Scoring
@@ -241,15 +245,15 @@ def test_rows_that_are_lost_behind_the_feed_of_changes_are_scored_again(
     delta.delete(spark, root, "label_probs", lost, ("pair_id",))
     if every:  # a stream looks with its gates, and here ends with them
         put(spark, root, [("n1", "A new kettle", {}, None)])
-        monkeypatch.setattr(job, "GATES_SECONDS", 0.0)
+        monkeypatch.setattr(nights, "GATES_SECONDS", 0.0)
         monkeypatch.setattr(job, "FOLLOWED_SECONDS", 1)
-        look = job.Night.look_at_gates
+        look = Night.look_at_gates
 
-        def looked(night: job.Night) -> None:
+        def looked(night: Night) -> None:
             look(night)
             night.deadline = datetime.now()
 
-        monkeypatch.setattr(job.Night, "look_at_gates", looked)
+        monkeypatch.setattr(Night, "look_at_gates", looked)
     run = rescore(spark, root, scoring(), every=every)
     assert run.counts["scored"] == (8 if every else 4)
     assert "the feed of changes is worked off, and some pairs are not judged as they are" in capsys.readouterr().out
@@ -287,9 +291,9 @@ def test_a_kill_at_each_step_is_made_good_by_the_next_run(
                 raise Killed(at)
 
         with monkeypatch.context() as patched:
-            for module in (job, waves, delta):
+            for module in (job, nights, waves, delta):
                 patched.setattr(module, "crash", kill)
-            patched.setattr(runs, "fail", lambda *_: None)
+            patched.setattr(runs, "fail", lambda *told: told[2])
             patched.setattr(delta, "drop_scratch", not_of_the_killed)
             with pytest.raises((Killed, RuntimeError)):
                 rescore(spark, root, scoring())
@@ -314,13 +318,13 @@ def test_a_wave_in_which_a_canary_is_off_is_dropped_and_asked_again_of_a_fresh_e
     if case == "fresh ones fall too":
         (tmp_path / "always").touch()
     if case == "several waves":  # canaries in the first alone: the second is asked of the same engine
-        riders = job.Night._riders
+        riders = Night._riders
 
-        def in_the_first(night: job.Night, *rest: Any) -> Any:
-            monkeypatch.setattr(job.Night, "_riders", lambda *_: None)
+        def in_the_first(night: Night, *rest: Any) -> Any:
+            monkeypatch.setattr(Night, "_riders", lambda *_: None)
             return riders(night, *rest)
 
-        monkeypatch.setattr(job.Night, "_riders", in_the_first)
+        monkeypatch.setattr(Night, "_riders", in_the_first)
         monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
         monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
     monkeypatch.setattr(waves, "CANARY_SHARE", 0.2)  # else a night of 120 pairs pays for none
@@ -358,15 +362,15 @@ def test_a_stream_that_stays_follows_a_promotion_and_a_candidate_is_kept_current
     judged.fill(spark, root, "thresholds", regime)
     monkeypatch.setattr(job, "FOLLOWED_SECONDS", 1)
     merged: list[str] = []
-    write = job.Night.write
+    write = Night.write
 
-    def promoted(night: job.Night, answered: Any, wave_id: str) -> None:
+    def promoted(night: Night, answered: Any, wave_id: str) -> None:
         write(night, answered, wave_id)
         merged.append(night.what.model.model_id)
         if merged == [MODEL, "f" * 16]:
             delta.update(spark, root, "thresholds", F.lit(True), {"model_id": F.lit("f" * 16)})
 
-    monkeypatch.setattr(job.Night, "write", promoted)
+    monkeypatch.setattr(Night, "write", promoted)
     run = rescore(spark, root, old, every="1 second", also=[new], follow=True)
     assert (run.status, run.model_id, merged) == ("done", MODEL, [MODEL, "f" * 16])
     assert not invariants.audit(root, MODEL, "f" * 16) + invariants.left(root)
@@ -375,7 +379,7 @@ def test_a_stream_that_stays_follows_a_promotion_and_a_candidate_is_kept_current
     run = rescore(spark, root, new, every="1 second", follow=True, deadline=deadline)
     assert (run.status, run.counts) == ("stopped", {"seen": 12, "skipped": 12})
     with pytest.raises(ValueError, match=r"the thresholds in force are of prompt .* --prompt FILE"):
-        job.refuse_other_prompt(spark, root, replace(new, prompt=replace(new.prompt, prompt_id="other")))
+        models.refuse_other_prompt(spark, root, replace(new, prompt=replace(new.prompt, prompt_id="other")))
 
 
 NIGHT = """
@@ -386,7 +390,7 @@ from schemas import delta
 from jobs import rescore as job
 from jobs.backfill import backfill
 from partitioner import prefix, waves
-from tests.test_rescore import scoring
+from tests.pairs import scoring
 waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 120
 spark = delta.session("night", QUICK)
 if len(sys.argv) > 3:
@@ -537,17 +541,17 @@ def test_files_may_be_joined_and_removed_beside_a_run(
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(20)])
     monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
     monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
-    write = job.Night.write
+    write = Night.write
     joined: list[int] = []
 
-    def beside(night: job.Night, answered: Any, wave_id: str) -> None:
+    def beside(night: Night, answered: Any, wave_id: str) -> None:
         if len(joined) < 3:
             for name in ("label_probs", "pairs", "runs"):
                 joined.append(delta.optimize(spark, root, name))
                 delta.vacuum(spark, root, name, delta.KEPT_DAYS)
         write(night, answered, wave_id)
 
-    monkeypatch.setattr(job.Night, "write", beside)
+    monkeypatch.setattr(Night, "write", beside)
     run = rescore(spark, root, scoring())
     assert (run.status, run.counts["scored"]) == ("done", 80)
     assert len(joined) == 3
@@ -562,7 +566,7 @@ def test_a_batch_that_comes_again_or_late_writes_nothing_and_a_clock_that_goes_b
         put(spark, root, [("k1", title, {}, None)])
         return delta.read(spark, root, "pairs").withColumn("_change_type", F.lit("insert")).localCheckpoint()
 
-    night = job.Night(spark, root, scoring(), runs.start(spark, root, "rescore", MODEL))
+    night = Night(spark, root, scoring(), runs.start(spark, root, "rescore", MODEL))
     first, second = changes("Kettle A"), changes("Kettle B")
     for batch, number in ((first, 0), (second, 1)):
         night.batch(batch, number)
@@ -605,6 +609,58 @@ def test_a_candidate_that_fails_does_not_end_the_night_of_the_model_in_force(spa
     assert gates[run.run_id, "candidates"] == "fail"
     assert (rows["f" * 16]["run_id"], "noise") in gates
     assert not invariants.audit(root, MODEL) + invariants.left(root)
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_ends_the_night_at_once_and_no_candidate_is_to_blame(
+    spark: SparkSession, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, None) for i in range(10)])
+    here = scoring()
+    settings = replace(here.settings, model=str(tmp_path))
+    slow = replace(here, model=replace(here.model, model_id="f" * 16), settings=settings, load_engine=load_slow)
+    began: list[float] = []
+
+    def interrupt() -> None:
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.1)
+        began.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        rescore(spark, root, here, also=[slow])  # of the candidate's 40 pairs 28 take two seconds each
+    assert time.monotonic() - began[0] < 25
+    assert "goes on without it" not in capsys.readouterr().out
+    rows = {row["model_id"]: row for row in invariants.table(root, "runs")}
+    assert {row["status"] for row in rows.values()} == {"failed"}
+    assert "candidates_failed" not in dict(rows[MODEL]["counts"])
+    assert not invariants.left(root)
+    again = rescore(spark, root, here, also=[replace(slow, settings=here.settings, load_engine=here.load_engine)])
+    assert (again.status, again.counts.get("scored", 0)) == ("done", 0)
+    assert not invariants.audit(root, MODEL, "f" * 16) + invariants.left(root)
+
+
+def test_of_two_that_go_on_with_one_run_at_the_same_moment_one_is_refused(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = ("sample", MODEL, "p", "settings")
+    first = runs.begin(spark, root, *what)
+    runs.finish(spark, root, first, "failed")
+    look, others = runs.refuse_second, []
+
+    def other_comes_first(*arguments: Any) -> None:
+        monkeypatch.setattr(runs, "refuse_second", look)
+        look(*arguments)
+        others.append(runs.begin(spark, root, *what))
+
+    monkeypatch.setattr(runs, "refuse_second", other_comes_first)
+    with pytest.raises(ValueError, match=f"run {first.run_id} of sample with this model and prompt is alive"):
+        runs.begin(spark, root, *what)
+    assert [run.run_id for run in others] == [first.run_id]
+    assert [row["status"] for row in invariants.table(root, "runs")] == ["running"]
+    runs.finish(spark, root, others[0], "done")
+    assert not invariants.left(root)
 
 
 @pytest.mark.slow
@@ -660,22 +716,22 @@ def test_a_writer_that_wakes_up_late_changes_nothing(
     put(spark, root, kettle, QUERIES[:1])
     rescore(spark, root, scoring())
     put(spark, root, [(k, f"{title} B", a, d) for k, title, a, d in kettle], QUERIES[:1])
-    write = job.Night.write
+    write = Night.write
     slept = False
 
-    def late(night: job.Night, answered: Any, wave_id: str) -> None:
+    def late(night: Night, answered: Any, wave_id: str) -> None:
         nonlocal slept
         if not slept:
             slept = True
             put(spark, root, [kettle[0], ("k2", "Kettle C", {}, None)], QUERIES[:1])
             gone = delta.read(spark, root, "pairs").where("product_id = 'k3'").localCheckpoint()
             delta.delete(spark, root, "pairs", gone, ("pair_id",))
-            other = job.Night(spark, root, scoring(), runs.start(spark, root, "rescore", MODEL))
+            other = Night(spark, root, scoring(), runs.start(spark, root, "rescore", MODEL))
             other.forget_removed_pairs()
             other.score_changed(delta.read(spark, root, "pairs").select("pair_id"), "other")
         write(night, answered, wave_id)
 
-    monkeypatch.setattr(job.Night, "write", late)
+    monkeypatch.setattr(Night, "write", late)
     rescore(spark, root, scoring())
     assert slept
     assert not invariants.audit(root, MODEL)
@@ -708,7 +764,7 @@ def test_s3_without_a_log_store_that_sees_other_writers_is_refused(spark: SparkS
 @pytest.mark.slow
 def test_an_engine_outlives_a_gap_of_ninety_seconds(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
-    night = job.Night(spark, root, scoring(), runs.start(spark, root, "rescore", MODEL))
+    night = Night(spark, root, scoring(), runs.start(spark, root, "rescore", MODEL))
     with engines.kept_alive(spark, 1):
         night.score_changed(delta.read(spark, root, "pairs").select("pair_id"), "before")
         time.sleep(90)

@@ -12,8 +12,8 @@ from pyspark.sql import SparkSession
 
 from jobs import fit_thresholds as job
 from jobs.fit_thresholds import Rows, Wanted, cutter, fit_thresholds, objective, out_of_fold, requirement
-from partitioner import measures, thresholds
-from partitioner.thresholds import Objective, Requirement, Values, cumulative, fit
+from partitioner import measures, thresholds, tiers
+from partitioner.thresholds import Objective, Requirement, Values, fit
 from schemas import delta
 from tests import judged
 from tests.judged import MODEL, PROMPT, fill, gold, pair, scored
@@ -35,7 +35,7 @@ def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession) -> None:
     p[:500] = np.round(p[:500] * 4) / 4  # ties, zeros and ones
     weights = np.eye(4)[[random.choice(4, p=x / x.sum()) if x.sum() else 0 for x in p]]
     weights[::3] = weights[::3] * 2 / 3 + np.eye(4)[0] / 3
-    c = cumulative(p)
+    c = tiers.cumulative(p)
     names = ["c4", "c3", "c2", "w4", "w3", "w2", "w1"]
     frame = spark.createDataFrame(np.hstack([c, weights]).tolist(), ", ".join(f"{n} DOUBLE" for n in names))
     here = Values(c).cuts(weights)
@@ -188,11 +188,11 @@ def test_a_query_is_never_cut_by_cuts_that_were_fitted_on_it(monkeypatch: pytest
 def test_intervals_are_wider_where_pairs_of_a_query_go_together() -> None:
     random = np.random.default_rng(0)
     right = random.random(50) < 0.6  # whole queries are right or wrong
-    tiers = np.where(np.repeat(right, 20), 4, 1)
+    given = np.where(np.repeat(right, 20), 4, 1)
     weights = np.tile(np.eye(4)[0], (1000, 1))
     queries = np.arange(1000) // 20
-    by_query = measures.bootstrap(measures.by_query(weights, tiers, queries, 50), 500, 0)
-    by_pair = measures.bootstrap(measures.by_query(weights, tiers, np.arange(1000), 1000), 500, 0)
+    by_query = measures.bootstrap(measures.by_query(weights, given, queries, 50), 500, 0)
+    by_pair = measures.bootstrap(measures.by_query(weights, given, np.arange(1000), 1000), 500, 0)
     widths = [np.subtract(*measures.interval(measures.accuracy(b))[::-1]) for b in (by_query, by_pair)]
     assert 3 < widths[0] / widths[1] < 6  # the square root of 20
 
@@ -204,7 +204,7 @@ def test_a_segment_with_too_few_judgements_takes_the_cut_of_all() -> None:
     cut = cutter("one_by_category", all_rows, wanted, ["a"])
     assert set(cut.fits) == {"", "a"}
     here = all_rows.segments == "b"
-    expected = thresholds.tiers(cumulative(all_rows.p[here]), cut.fits[""].taus)
+    expected = tiers.cut(tiers.cumulative(all_rows.p[here]), cut.fits[""].taus)
     assert cut.tiers(all_rows)[here].tolist() == expected.tolist()
 
 
@@ -248,13 +248,13 @@ def test_a_temperature_that_was_lost_is_found_again() -> None:
     weights = np.eye(4)[(p.cumsum(1) > random.random((len(p), 1))).argmax(1)]
     sharp = p**2.5 / (p**2.5).sum(1, keepdims=True)
     assert measures.temperature(sharp, weights) == pytest.approx(2.5, rel=0.05)
-    both = sharp, thresholds.scaled(sharp, 2.5)
+    both = sharp, tiers.scaled(sharp, 2.5)
     raw, mended = (measures.ece(measures.calibration(x, weights)["ece_excellent"]) for x in both)
     assert mended < 0.01 < raw
     # What is told of it comes from temperatures that were fitted without the row's query.
     few = Rows(sharp[:400], weights[:400], np.arange(400) // 10, np.array([""] * 400, dtype=object))
     told = {(f[0], f[1], f[3]): f[4] for f in job._calibration(few, replace(QUICK, temperature=True))}
-    scaled = thresholds.scaled(few.p, measures.temperature(few.p, few.weights))
+    scaled = tiers.scaled(few.p, measures.temperature(few.p, few.weights))
     assert told["scaled", "out_of_fold", "log_loss"] > measures.likelihood_loss(scaled, few.weights)
     assert told["scaled", "out_of_fold", "log_loss"] < told["raw", "fit", "log_loss"]
     assert not any(f[0] == "scaled" for f in job._calibration(few, QUICK))

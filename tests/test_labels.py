@@ -16,7 +16,7 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs.promote_thresholds import swap
-from partitioner import thresholds
+from partitioner import tiers
 from schemas import delta
 from tests import judged
 from tests.judged import MODEL, PROMPT, cuts, fill, pair, scored
@@ -37,7 +37,7 @@ def reader() -> ModuleType:
 
 def read_by_all(spark: SparkSession, root: str) -> dict[str, dict[str, int | None]]:
     """pair_id -> tier, by each reader."""
-    assert "labels" in thresholds.register(spark, root)
+    assert "labels" in tiers.register(spark, root)
     found = {"spark": {r[0]: r[1] for r in spark.sql("SELECT pair_id, tier FROM labels").collect()}}
     sql = (DOCS / "labels.sql").read_text()
     lake = duckdb.connect()
@@ -53,7 +53,7 @@ def read_by_all(spark: SparkSession, root: str) -> dict[str, dict[str, int | Non
 
 
 def test_the_sql_for_readers_is_the_rule_of_this_version() -> None:
-    assert (DOCS / "labels.sql").read_text().endswith(thresholds.LABELS_SQL)
+    assert (DOCS / "labels.sql").read_text().endswith(tiers.LABELS_SQL)
 
 
 def test_all_readers_find_the_tiers_of_the_shared_vectors(spark: SparkSession, root: str) -> None:
@@ -78,8 +78,8 @@ def test_all_readers_find_the_tiers_of_the_shared_vectors(spark: SparkSession, r
         for row in mine.values():
             if row["p"]:
                 taus = of["taus"].get(row["segment"], of["taus"][""])
-                c = thresholds.cumulative(np.array([row["p"]], dtype=float), of["temperature"])
-                assert thresholds.tiers(c, taus).tolist() == [row["tier"]]
+                c = tiers.cumulative(np.array([row["p"]], dtype=float), of["temperature"])
+                assert tiers.cut(c, taus).tolist() == [row["tier"]]
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_all_readers_agree_on_100_000_random_rows_and_on_exact_ties(
     p = parts / parts.sum(1, keepdims=True)
     keys = [judged.pair_key(i) for i in range(n)]
     category = np.array(["Kettles", "Towels", "Lamps", ""], dtype=object)[random.integers(0, 4, n)]
-    c = thresholds.cumulative(p, temperature)
+    c = tiers.cumulative(p, temperature)
     # Cuts that many rows meet exactly.
     taus = {"": sorted(c[0], reverse=True), "Kettles": sorted(c[2], reverse=True), "Towels": sorted(c[4], reverse=True)}
     same = {"query": ["q"] * n, "product_id": keys, "locale": ["en"] * n}
@@ -112,7 +112,7 @@ def test_all_readers_agree_on_100_000_random_rows_and_on_exact_ties(
     delta.append(spark, root, "label_probs", spark.createDataFrame(probs))
     fill(spark, root, "thresholds", cuts(1, taus, "active", "category", temperature))
     each = np.array([taus.get(s, taus[""]) for s in category])
-    expected = thresholds.tiers(c, each)
+    expected = tiers.cut(c, each)
     near = (np.abs(c - each) <= 1e-12).any(1)
     assert near.sum() > 1000
     for name, found in read_by_all(spark, root).items():

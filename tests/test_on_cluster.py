@@ -13,7 +13,7 @@ from schemas.labels import P_COLUMNS
 from tests.cluster import cluster
 from tests.commands import submit, table
 from tests.models import tiny_model
-from tests.test_rescore import QUERIES, put
+from tests.pairs import QUERIES, put
 from udfs import selfcheck
 from udfs.model import inspect
 from udfs.prompt import load

@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 
 from jobs import promote_thresholds as job
 from jobs.promote_thresholds import Gates, promote, swap
-from partitioner import thresholds
+from partitioner import tiers
 from schemas import delta
 from tests.judged import MODEL, PROMPT, cuts, fill, pair, run, scored
 
@@ -29,7 +29,7 @@ def scored_tables(spark: SparkSession, root: str, versions: list[dict[str, Any]]
 
 
 def in_force(spark: SparkSession, root: str) -> int | None:
-    version = thresholds.active(spark, root)
+    version = tiers.active(spark, root)
     return version.version if version else None
 
 
@@ -170,7 +170,7 @@ def test_of_two_promoters_who_looked_at_the_same_version_one_wins_and_the_other_
 def test_each_read_sees_exactly_one_whole_version_in_every_commit(spark: SparkSession, root: str) -> None:
     segments = {"": (0.3, 0.3, 0.3), "Kettles": (0.95, 0.95, 0.2)}
     scored_tables(spark, root, [*cuts(1, segments, "active", "category"), *cuts(2, HIGH, segment_by=None)])
-    thresholds.register(spark, root)
+    tiers.register(spark, root)
     whole = {1: {4: 10, 2: 10}, 2: {3: 20}}  # pairs by tier
     stop, seen, torn = threading.Event(), Counter[str](), []
 
@@ -213,7 +213,7 @@ def test_a_pair_without_a_probability_has_no_tier(spark: SparkSession, root: str
     scored_tables(spark, root, cuts(1, LOW, "active"))
     fill(spark, root, "pairs", [pair(90, "long")])
     fill(spark, root, "label_probs", [scored(90, "long", None)])
-    thresholds.register(spark, root)
+    tiers.register(spark, root)
     (row,) = spark.sql("SELECT tier, tier_name, outcome FROM labels WHERE query = 'long'").collect()
     assert tuple(row) == (None, None, "too_long")
     assert tuple(spark.sql("SELECT DISTINCT model_id, prompt_id FROM labels").collect()[0]) == (MODEL, PROMPT)

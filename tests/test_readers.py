@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from jobs.rescore import rescore
 from schemas import delta, tables
 from tests import judged
-from tests.test_rescore import PRODUCTS, put, scoring
+from tests.pairs import PRODUCTS, put, scoring
 
 
 @pytest.fixture(scope="module")

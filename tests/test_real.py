@@ -10,13 +10,15 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from pyspark.sql import SparkSession
 
+from jobs import main
 from tests.commands import a_file_of_pairs, submit, table
 from tests.conftest import SHARED
 from tests.models import tiny_model
 
 # All 3,668 are a command of the README: on a CPU without bfloat16 they take most of half an hour.
-PAIRS = 400
+PAIRS = 100
 ICECAT = SHARED / "data" / "icecat-electronics" / "canonical.jsonl.gz"
 
 
@@ -49,37 +51,42 @@ def test_files_become_probabilities_through_the_real_engine(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_real_engine_samples_explains_and_teaches_through_the_commands(tmp_path: Path) -> None:
-    model, root = tiny_model(tmp_path / "model"), tmp_path / "tables"
+def test_a_real_engine_samples_explains_and_teaches_through_the_commands(
+    spark: SparkSession, root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tables = str(tiny_model(tmp_path / "model")), Path(root)
+
+    def run(job: str, *words: str) -> str:
+        # Equal settings, so one engine in one Python worker for all of them.
+        engine = () if job == "ingest" else ("--model", model, "--max-model-len", "1500", "--max-num-seqs", "64")
+        assert main.main([job, "--tables", root, *engine, *words]) == 0
+        return capsys.readouterr().out
+
     pairs = a_file_of_pairs(tmp_path, products=6, queries=3)
     judged = [json.loads(line) | {"label": 1 + n % 4, "split": "train"} for n, line in enumerate(pairs.open())]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in judged))
-    submit("ingest", "--tables", root, "--pairs", pairs)
-    words = ("sample", "--tables", root, "--model", model, "--n", "4", "--max-tokens", "12", "--findings")
-    said = submit(*words, "--limit", "10")
-    assert "10 sampled" in said
-    rows = table(root, "samples")
+    run("ingest", "--pairs", str(pairs))
+    words = ("--n", "4", "--max-tokens", "12", "--findings")
+    assert "10 sampled" in run("sample", *words, "--limit", "10")
+    rows = table(tables, "samples")
     assert len({(row["pair_id"], row["sample"]) for row in rows}) == len(rows) == 40
     assert len({row["chain"] for row in rows}) > 30
     assert max(row["tokens"] for row in rows) == 12
-    said = submit(*words)
-    assert "18 pairs, 10 were there, 8 sampled" in said
-    assert {row["engine_loads"] for row in table(root, "runs") if row["job"] == "sample"} == {1}
+    assert "18 pairs, 10 were there, 8 sampled" in run("sample", *words)
+    assert {row["engine_loads"] for row in table(tables, "runs") if row["job"] == "sample"} == {1}
 
+    run("rescore")
     selected = ("--pairs", "SELECT pair_id FROM pairs WHERE query = 'kettle 1'", "--max-tokens", "12")
-    submit("rescore", "--tables", root, "--model", model)
-    assert "6 explained" in submit("explain", "--tables", root, "--model", model, *selected)
-    probs = {row["pair_id"]: row for row in table(root, "label_probs")}
-    for row in table(root, "explanations"):
+    assert "6 explained" in run("explain", *selected)
+    probs = {row["pair_id"]: row for row in table(tables, "label_probs")}
+    for row in table(tables, "explanations"):
         p = [probs[row["pair_id"]][f"p_{name}"] for name in ("excellent", "related", "mismatch", "irrelevant")]
         assert row["label"] == 4 - p.index(max(p))
         assert 2 <= row["tokens"] <= 13
 
-    asked = ("write_chains", "--tables", root, "--model", model, "--limit", "5", "--max-tokens", "12")
-    said = submit(*asked, "--max-model-len", "1500")
-    assert "5 pairs, 0 were answered before, 5 asked" in said
-    assert len(table(root, "chains")) == 5
-    assert not list((root / "_scratch").glob("*"))
+    assert "5 pairs, 0 were answered before, 5 asked" in run("write_chains", "--limit", "5", "--max-tokens", "12")
+    assert len(table(tables, "chains")) == 5
+    assert not list((tables / "_scratch").glob("*"))
 
 
 @pytest.mark.slow

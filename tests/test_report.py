@@ -102,9 +102,9 @@ def test_the_browser_shows_what_the_tables_hold(spark: SparkSession, written: tu
     assert set(page.drawn) == names
     assert set(page.tables) == {"", *names, "disagreements"}
 
-    from partitioner import thresholds
+    from partitioner import tiers
 
-    thresholds.register(spark, root)
+    tiers.register(spark, root)
     counts = {NAMES[r[0]]: r[1] for r in spark.sql("SELECT tier, count(*) FROM labels GROUP BY tier").collect()}
     shown = {row[0]: int(row[1]) for row in page.tables["tiers"][1:]}
     assert {k: v for k, v in shown.items() if v} == counts | {"no tier": 1}

@@ -14,61 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+import jobs
 from jobs import main as dispatcher
 from jobs import rescore as job
 from jobs.rescore import rescore
-from partitioner import prefix, waves
-from schemas import delta, runs, tables
+from partitioner import models, night, prefix, waves
+from partitioner.night import Night
+from schemas import delta, runs
 from tests import invariants, judged
 from tests.engines import load_drifting, load_fake, load_mortal, logprobs
-from tests.models import PROMPT, tiny_model, tiny_tokenizer
+from tests.models import PROMPT, tiny_model
+from tests.pairs import PRODUCTS, QUERIES, probs, put, scoring
 from udfs import selfcheck
 from udfs.engine import EngineSettings
-from udfs.model import Model, inspect
-from udfs.prompt import Renderer, load
+from udfs.model import inspect
+from udfs.prompt import Renderer
 from udfs.score import Scoring
-
-PRODUCTS = [
-    ("k1", "Steel kettle 1.7 l", {"material": "steel"}, "Boils water for four cups of tea in three minutes. " * 4),
-    ("k2", "Plastic kettle", {"material": "plastic"}, "The lid opens wide."),
-    ("t1", "Blue towel", {"colour": "blue", "size": "70x140"}, None),
-]
-QUERIES = ["kettle not plastic", "blue towel", "cheap kettle", "gift for a newborn"]
-
-
-def scoring(max_model_len: int = 512, **prompt: Any) -> Scoring:
-    tokenizer = tiny_tokenizer()
-    model = Model("/nowhere", "0123456789abcdef", "ff", "Fake", 512, 2048, tokenizer, None, None, "/nowhere")
-    settings = EngineSettings(model="/nowhere", max_model_len=max_model_len)
-    return Scoring(model, "external", load({**PROMPT, **prompt}, tokenizer, 512), settings, load_fake)
-
-
-def put(spark: SparkSession, root: str, products: list[Any], queries: list[str] = QUERIES) -> None:
-    """Every query with every product into `pairs`, as ingest does."""
-    delta.prepare(spark, root)
-    schema = "product_id STRING, title STRING, attributes MAP<STRING,STRING>, description STRING"
-    rows = (
-        spark.createDataFrame(products, schema)
-        .crossJoin(spark.createDataFrame([(q,) for q in queries], "query STRING"))
-        .withColumns({"locale": F.lit("en"), "brand": F.lit("Hearthline"), "category": F.lit("Kitchen")})
-    )
-    text = [F.col(c) for c in ("title", "brand", "description", "attributes", "category")]
-    rows = rows.withColumns(
-        {
-            "pair_id": tables.pair_id(F.col("locale"), F.col("query"), F.col("product_id")),
-            "weight": F.lit(None).cast("double"),
-            "content_hash": tables.content_hash(tables.product_hash(*text), F.col("locale"), F.col("query")),
-            "updated_at": F.current_timestamp(),
-        }
-    ).localCheckpoint()
-    delta.upsert(spark, root, "pairs", rows, "old.content_hash <> new.content_hash")
-
-
-def probs(spark: SparkSession, root: str) -> DataFrame:
-    return delta.read(spark, root, "label_probs")
 
 
 def test_every_pair_gets_the_probabilities_of_its_own_prompt(spark: SparkSession, root: str) -> None:
@@ -163,23 +127,30 @@ def test_pairs_that_were_made_anew_neither_take_the_rows_along_nor_keep_new_text
 def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_was_named(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model")
     parser = argparse.ArgumentParser()
-    job.add_scoring_flags(parser)
+    jobs.add_scoring_flags(parser)
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**PROMPT, "block": 64}))
     args = parser.parse_args(["--model", "any", "--prompt", str(other)])
-    named = job.scoring(args, str(folder), "external").prompt.prompt_id
-    own = job.scoring_beside(args, str(folder), "external").prompt.prompt_id
+    named = jobs.scoring(args, str(folder), "external").prompt.prompt_id
+    own = jobs.scoring_beside(args, str(folder), "external").prompt.prompt_id
     assert own != named
-    assert job.scoring_beside(args, str(folder), "external", named).prompt.prompt_id == named
+    assert jobs.scoring_beside(args, str(folder), "external", named).prompt.prompt_id == named
     (folder / "prompt.json").unlink()
-    assert job.scoring_beside(args, str(folder), "external").prompt.prompt_id == named
+    assert jobs.scoring_beside(args, str(folder), "external").prompt.prompt_id == named
 
 
 @pytest.mark.parametrize(
-    "flags", [["--every", "5 minuts"], ["--every", "often"], ["--gpu-memory", "90"], ["--gpu-memory", "0"]]
+    ("flags", "says"),
+    [
+        (["--every", "5 minuts"], "'5 minuts' is no interval"),
+        (["--every", "often"], "'often' is no interval"),
+        (["--gpu-memory", "90"], "'90' is no share: write 0.2 or 20%"),
+        (["--gpu-memory", "0"], "a share above 0 is needed"),
+        (["--max-refused", "0"], "a whole number is needed, at least 1"),
+    ],
 )
-def test_a_flag_that_is_wrong_stops_the_job_before_any_work(flags: list[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="2"):
+def test_a_flag_that_is_wrong_stops_the_job_before_any_work(flags: list[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
         job.main(["--tables", str(tmp_path / "t"), "--model", "demo", *flags])
     assert not (tmp_path / "t").exists()
 
@@ -219,9 +190,9 @@ def test_a_model_id_whose_folder_holds_another_model_now_is_refused(
     row = {"path": model.path, "stage": "sft", "weights_hash": "ff", "created_at": judged.NOW}
     of_now, of_before = {**row, "model_id": model.model_id}, {**row, "model_id": "00000000000000ff"}
     judged.fill(spark, root, "models", [of_now, of_before])
-    assert job.registered_folder(spark, root, model.model_id) == (model.path, "sft")
+    assert models.registered_folder(spark, root, model.model_id) == (model.path, "sft")
     with pytest.raises(ValueError, match=f"holds another model now \\({model.model_id}\\)"):
-        job.registered_folder(spark, root, "00000000000000ff")
+        models.registered_folder(spark, root, "00000000000000ff")
 
 
 @pytest.mark.slow
@@ -265,16 +236,16 @@ def test_a_run_that_is_to_end_while_a_wave_is_at_work_tells_what_became_of_it(
     monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
     monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
     monkeypatch.setattr(job, "FOLLOWED_SECONDS", 1)
-    write = job.Night.write
+    write = Night.write
 
-    def late(night: job.Night, answered: Any, wave_id: str) -> None:
-        night.deadline = datetime.now() - timedelta(seconds=1)
+    def late(one: Night, answered: Any, wave_id: str) -> None:
+        one.deadline = datetime.now() - timedelta(seconds=1)
         time.sleep(3)  # the deadline is seen while the wave is at work
         if fault:
             raise OSError("disk full")
-        write(night, answered, wave_id)
+        write(one, answered, wave_id)
 
-    monkeypatch.setattr(job.Night, "write", late)
+    monkeypatch.setattr(Night, "write", late)
     deadline = datetime.now() + timedelta(hours=1)
     if fault:
         with pytest.raises(OSError, match="disk full"):
@@ -294,7 +265,7 @@ def test_a_job_that_is_told_to_end_merges_its_wave_exits_with_5_and_the_next_sta
     put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(40)])
     monkeypatch.setattr(waves, "WAVE_SECONDS", 0.0)
     monkeypatch.setattr(prefix, "HOT_TOKENS", 1500)
-    monkeypatch.setattr(job, "opened", lambda *_: (spark, scoring()))
+    monkeypatch.setattr(jobs, "opened", lambda *_: (spark, scoring()))
     words = ["rescore", "--tables", root, "--model", "demo"]
     before = signal.getsignal(signal.SIGTERM)
 
@@ -424,7 +395,7 @@ def test_a_check_that_killed_its_engine_asks_other_prompts_at_each_try() -> None
 
 def test_lines_for_people_say_which_job_and_how_it_ended() -> None:
     run = runs.Run("r", "backfill", "stopped", judged.NOW, counts={"seen": 5, "skipped": 1, "scored": 0, "refused": 4})
-    assert job.summary(run) == "backfill: stopped · 5 seen, 1 skipped, 0 scored, 4 refused"
+    assert night.summary(run) == "backfill: stopped · 5 seen, 1 skipped, 0 scored, 4 refused"
     line = waves.progress("rescore", 30, 120, 1000, 4000, 10.0)
     assert line == "rescore: 30 of 120 pairs · 3.0 pairs/s · 100 tokens/s · 0.5 min left"
 

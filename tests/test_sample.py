@@ -19,9 +19,10 @@ from pyspark.sql import functions as F
 from jobs import sample
 from partitioner import waves
 from schemas import delta
+from tests.conftest import REPO
 from tests.engines import answer_form, logprobs, written
+from tests.pairs import PRODUCTS, QUERIES, put, scoring
 from tests.test_faults import poisoned
-from tests.test_rescore import PRODUCTS, QUERIES, put, scoring
 from udfs import adapter
 from udfs.answer import conclusion
 from udfs.engine import Sampling
@@ -229,6 +230,10 @@ def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_answer_in_spark_and_
         for pair_id, what, k, estimate in rows:
             hits = [c and (a or what == "label") for c, a in pairs[int(pair_id[1:])]]
             assert float(estimate) == pytest.approx(by_counting(hits, k), abs=1e-12)
+
+
+def test_the_sql_for_readers_is_that_of_this_version() -> None:
+    assert (REPO / "docs" / "pass_at_k.sql").read_text().endswith(sample.PASS_AT_K)
 
 
 def test_pass_at_k_is_exact_for_a_thousand_samples() -> None:

@@ -12,7 +12,8 @@ import pytest
 from tests.engines import FakeEngine, logprobs
 from udfs.decode import label_probs
 from udfs.engine import EngineSettings
-from udfs.score import score_batches
+from udfs.score import question
+from udfs.stream import answered
 
 SETTINGS = EngineSettings(model="/nowhere", max_model_len=64)
 
@@ -30,7 +31,7 @@ def test_each_row_gets_the_answer_to_its_own_prompt_however_the_batches_are_cut(
     prompts = [[i, i + 1, 7] * (1 + i % 4) for i in range(30)]
     for size in (1, 4, 30):
         batches = [batch(*prompts[i : i + size], start=i) for i in range(0, 30, size)]
-        found = rows(score_batches(FakeEngine(SETTINGS), batches, [4, 3, 2, 1]))
+        found = rows(answered(FakeEngine(SETTINGS), batches, question([4, 3, 2, 1])))
         for i, ids in enumerate(prompts):
             expected = label_probs(logprobs(ids))
             row = found[f"pair{i}"]
@@ -40,13 +41,13 @@ def test_each_row_gets_the_answer_to_its_own_prompt_however_the_batches_are_cut(
 
 
 def test_the_prompt_itself_does_not_travel_back() -> None:
-    (out,) = score_batches(FakeEngine(SETTINGS), [batch([1, 2])], [4, 3, 2, 1])
+    (out,) = answered(FakeEngine(SETTINGS), [batch([1, 2])], question([4, 3, 2, 1]))
     assert "ids" not in out.schema.names
 
 
 def test_prompts_beyond_the_models_context_never_reach_the_engine() -> None:
     engine = FakeEngine(SETTINGS)
-    found = rows(score_batches(engine, [batch([1] * 64), batch([1] * 63, [2] * 64, start=1)], [4, 3, 2, 1]))
+    found = rows(answered(engine, [batch([1] * 64), batch([1] * 63, [2] * 64, start=1)], question([4, 3, 2, 1])))
     assert [found[f"pair{i}"]["outcome"] for i in range(3)] == ["too_long", "scored", "too_long"]
     assert found["pair0"]["p_excellent"] is None
     assert max(map(len, engine.seen)) < 64
@@ -61,7 +62,7 @@ def test_no_more_than_a_few_batches_are_read_ahead_of_the_engine() -> None:
             read += 1
             yield batch([i, 1], start=i)
 
-    out = score_batches(FakeEngine(SETTINGS), source(), [4, 3, 2, 1])
+    out = answered(FakeEngine(SETTINGS), source(), question([4, 3, 2, 1]))
     for _ in range(3):
         next(out)
     assert read < 20
@@ -74,11 +75,11 @@ def test_an_error_of_the_source_reaches_the_task() -> None:
         raise OSError("shuffle block lost")
 
     with pytest.raises(OSError, match="shuffle block lost"):
-        list(score_batches(FakeEngine(SETTINGS), source(), [4, 3, 2, 1]))
+        list(answered(FakeEngine(SETTINGS), source(), question([4, 3, 2, 1])))
 
 
 def test_no_reading_thread_is_left_when_the_task_ends_early() -> None:
-    out = score_batches(FakeEngine(SETTINGS), (batch([i]) for i in range(100)), [4, 3, 2, 1])
+    out = answered(FakeEngine(SETTINGS), (batch([i]) for i in range(100)), question([4, 3, 2, 1]))
     next(out)
     out.close()  # type: ignore[attr-defined]
     for thread in threading.enumerate():

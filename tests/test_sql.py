@@ -14,7 +14,7 @@ from jobs import main as dispatcher
 from jobs import maintain, sql
 from partitioner.waves import TooManyRefused
 from schemas import delta, runs
-from tests.test_rescore import PRODUCTS, put
+from tests.pairs import PRODUCTS, put
 
 
 def test_a_statement_prints_its_rows(spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]) -> None:

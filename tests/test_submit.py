@@ -211,11 +211,16 @@ def test_the_archive_holds_the_code_alone_and_equal_code_makes_equal_bytes(check
 
 
 @pytest.mark.slow
-def test_a_job_runs_on_spark_with_delta_and_its_workers_have_the_code(checkout: Path, tmp_path: Path) -> None:
-    done = run(checkout, "--conf", "spark.sql.shuffle.partitions=3", "look", str(tmp_path / "table of three"))
+@pytest.mark.parametrize("master", ["local[*,4]", "local[2,4]"])
+def test_a_job_runs_on_spark_with_delta_and_its_workers_have_the_code(
+    checkout: Path, tmp_path: Path, master: str
+) -> None:
+    named = [] if master == "local[*,4]" else ["--master", master]
+    done = run(checkout, *named, "--conf", "spark.sql.shuffle.partitions=3", "look", str(tmp_path / "table of three"))
     assert done.returncode == 3, done.stderr
     said = json.loads(done.stdout.splitlines()[0])
-    assert said["master"] == "local[*,4]"
+    assert said["master"] == master
+    assert (said["conf"]["spark.driver.bindAddress"], said["conf"]["spark.ui.enabled"]) == ("127.0.0.1", "false")
     assert said["rows"] == 3
     assert ".zip/udfs/__init__.py" in said["worker"]
     assert said["conf"]["spark.sql.shuffle.partitions"] == "3"
@@ -243,7 +248,7 @@ def test_a_plain_spark_submit_ingests_and_scores_from_one_file_and_one_archive_a
         done = subprocess.run(
             [*command, "--py-files", archive, alone, *words, "--tables", tables],
             cwd="/",
-            env={**clean, "PYSPARK_PYTHON": sys.executable},
+            env={**clean, "PYSPARK_PYTHON": sys.executable, "AWS_SECRET_ACCESS_KEY": "planted-in-the-environment"},
             capture_output=True,
             text=True,
             timeout=300,

@@ -60,8 +60,14 @@ def test_no_text_from_data_becomes_a_control_token_or_goes_beyond_its_budget() -
         ({"neighbours": 21}, "neighbours must be a whole number from 0 to 20"),
         ({"segments": [{"text": "a"}]}, "exactly one segment neighbour"),
         ({"segments": [{"neighbour": []}, {"text": "a"}]}, "field title is missing"),
-        ({"segments": [{"neighbour": []}, {"field": "label", "before": "", "after": "", "budget": 1}]}, "no field of"),
-        ({"segments": [{"neighbour": []}, {"field": "title", "before": 1, "after": "", "budget": 1}]}, "are texts"),
+        (
+            {"segments": [{"neighbour": []}, {"field": "label", "before": "", "after": "", "budget": 1}]},
+            "field 'label' is unknown; name one of",
+        ),
+        (
+            {"segments": [{"neighbour": []}, {"field": "title", "before": 1, "after": "", "budget": 1}]},
+            "before is 1 in a segment; it must be a string",
+        ),
     ],
 )
 def test_a_prompt_file_that_cannot_be_used_is_refused_with_what_is_allowed(

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from partitioner import measures, thresholds
+from partitioner import measures, thresholds, tiers
 from partitioner.measures import Floats
-from partitioner.thresholds import BOUNDARIES, Impossible, Objective, Requirement, Values, cumulative, fit, tiers
+from partitioner.thresholds import Impossible, Objective, Requirement, Values, fit
 
 COSTS = ((0.0, 1.0, 2.0, 5.0), (0.5, 0.0, 1.0, 3.0), (4.0, 1.5, 0.0, 1.0), (9.0, 4.0, 0.5, 0.0))
 OBJECTIVES = [
@@ -50,11 +50,11 @@ def brute_force(
     taus = every_cut(c)
     tried = [(t, t, t) for t in taus] if rule == "one" else itertools.combinations_with_replacement(taus[::-1], 3)
     triples = np.array(list(tried))
-    given_now = tiers(c, triples[:, None, :])  # [triple, row]
+    given_now = tiers.cut(c, triples[:, None, :])  # [triple, row]
     confusion = np.stack([np.where((given_now == k)[..., None], weights, 0.0).sum(1) for k in (4, 3, 2, 1)], axis=-1)
     allowed = np.ones(len(triples), dtype=bool)
     for r in requirements:
-        allowed &= r.met(confusion[:, :, : BOUNDARIES.index(r.label) + 1].sum(-1), weights.sum(0))
+        allowed &= r.met(confusion[:, :, : tiers.BOUNDARIES.index(r.label) + 1].sum(-1), weights.sum(0))
     if not allowed.any():
         return None
     found = reached(objective, confusion[allowed])
@@ -74,7 +74,7 @@ def rows_of(seed: int, n: int, values: int, labels: int = 4) -> tuple[Floats, Fl
     return p, thresholds.rounded(weights * random.choice([1.0, 1.0, 2.5], size=(n, 1)))
 
 
-@pytest.mark.parametrize("values_of", [cumulative, thresholds.weighted_score], ids=["cumulative", "score"])
+@pytest.mark.parametrize("values_of", [tiers.cumulative, tiers.weighted_score], ids=["cumulative", "score"])
 @pytest.mark.parametrize("rule", ["one", "boundary"])
 @pytest.mark.parametrize("requirements", REQUIREMENTS, ids=lambda r: " and ".join(map(str, r)) or "free")
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
@@ -92,13 +92,13 @@ def test_the_fit_is_as_good_as_trying_every_cut(
             continue
         found = fit(cuts, rule, objective, requirements)
         assert reached(objective, found.confusion) == pytest.approx(best, abs=1e-9, rel=1e-9)
-        assert measures.confusions(weights, tiers(c, found.taus)) == pytest.approx(found.confusion, abs=1e-9)
+        assert measures.confusions(weights, tiers.cut(c, found.taus)) == pytest.approx(found.confusion, abs=1e-9)
         assert 1 >= found.taus[0] >= found.taus[1] >= found.taus[2] >= 0
         # All of the interval is as good, not only its middle.
         for share in (1e-9, 0.3, 1.0):
             inside = tuple(low + share * (high - low) for low, high in zip(found.lows, found.highs, strict=True))
             if all(i > low for i, low in zip(inside, found.lows, strict=True)):
-                elsewhere = measures.confusions(weights, tiers(c, inside))
+                elsewhere = measures.confusions(weights, tiers.cut(c, inside))
                 assert reached(objective, elsewhere) == pytest.approx(best, abs=1e-9, rel=1e-9)
 
 
@@ -133,7 +133,7 @@ def test_cuts_do_not_depend_on_how_the_rows_lie_in_partitions(
     for seed in range(12):
         random = np.random.default_rng(seed)
         p, weights = rows_of(seed, 2 + 4 * seed, 3 + seed % 5)
-        c = cumulative(p)
+        c = tiers.cumulative(p)
         whole, order = Values(c).cuts(weights), random.permutation(len(c))
         edges = [v for v in random.choice(c.ravel(), 4).tolist() if 0 <= v < 1]
         others: list[thresholds.Pieces] = [Parts(whole, edges), Values(c[order]).cuts(weights[order])]
@@ -179,8 +179,8 @@ def test_cuts_that_made_the_labels_lie_in_the_interval_that_is_found(rule: str, 
         random = np.random.default_rng(seed)
         p = random.dirichlet([0.7] * 4, size=400)
         truth = tuple(sorted(random.uniform(0.2, 0.9, 3), reverse=True)) if rule == "boundary" else (0.55,) * 3
-        weights = np.eye(4)[4 - tiers(cumulative(p), truth)]
-        found = fit(Values(cumulative(p)).cuts(weights), rule, objective)
+        weights = np.eye(4)[4 - tiers.cut(tiers.cumulative(p), truth)]
+        found = fit(Values(tiers.cumulative(p)).cuts(weights), rule, objective)
         assert float(measures.accuracy(found.confusion)) == 1
         for tau, low, high in zip(truth, found.lows, found.highs, strict=True):
             assert low < tau <= high
@@ -192,7 +192,7 @@ def test_where_macro_f1_is_searched_it_is_as_good_as_where_every_cut_is_tried() 
         random = np.random.default_rng(seed)
         p = random.dirichlet([0.5] * 4, size=120)
         noisy = np.argsort(-(np.log(p) + random.gumbel(size=p.shape)), axis=1)[:, 0]
-        cuts = Values(cumulative(p)).cuts(np.eye(4)[noisy])
+        cuts = Values(tiers.cumulative(p)).cuts(np.eye(4)[noisy])
         exact, searched = (fit(cuts, "boundary", Objective(), cuts=n).value for n in (4096, 24))
         assert searched <= exact + 1e-12
         gaps.append(exact - searched)
@@ -205,7 +205,7 @@ def test_a_single_row_all_one_label_and_certain_probabilities_are_fitted() -> No
     for p in ([[1.0, 0, 0, 0]], [[0, 0, 0, 1.0]], [[0.25] * 4] * 5, [[0, 1.0, 0, 0]] * 3):
         for label in range(4):
             weights = np.eye(4)[[label] * len(p)]
-            c = cumulative(np.array(p, dtype=float))
+            c = tiers.cumulative(np.array(p, dtype=float))
             for rule in ("one", "boundary"):
                 found = fit(Values(c).cuts(weights), rule, Objective())
                 best = brute_force(c, weights, rule, Objective(), ())
@@ -242,7 +242,7 @@ def test_kappa_is_what_scikit_learn_computes() -> None:
 
 def test_the_best_that_can_be_had_is_told_so_that_it_can_be_asked_for() -> None:
     p, weights = rows_of(5, 40, 7)
-    cuts = Values(cumulative(p)).cuts(weights)
+    cuts = Values(tiers.cumulative(p)).cuts(weights)
     for asked in (Requirement("precision", 4, 0.99999), Requirement("shown", 3, 0.00001, of=1)):
         with pytest.raises(Impossible) as impossible:
             fit(cuts, "boundary", Objective(), (asked, Requirement("recall", 4, 1.0), Requirement("recall", 3, 1.0)))

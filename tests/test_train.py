@@ -84,7 +84,7 @@ def log(out: Path) -> list[dict[str, float]]:
 def run(how: TrainSettings, rows: list[dict[str, Any]], **more: Any) -> dict[str, float]:
     train.land(how, rows)
     figures = train.launch(how, 1, **more)
-    train.leave(how, "tiny", how.base)
+    train.leave(how, "tiny")
     return figures
 
 
@@ -121,6 +121,43 @@ def test_dpo_prefers_the_right_answers(answers: Form, taught: Path, tmp_path: Pa
     assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert steps[-1]["rewards/margins"] > 0.1
     assert p_gold(tmp_path / "dpo", answers) > p_gold(taught, answers) + 0.05
+
+
+def test_activations_that_are_computed_twice_give_the_same_weights(
+    base: Path, answers: Form, taught: Path, tmp_path: Path
+) -> None:
+    def trained(stage: str, parent: Path, rows: list[dict[str, Any]], saved: bool, **more: Any) -> str:
+        how = settings(parent, tmp_path / f"{stage}-{saved}", stage, epochs=1, gradient_checkpointing=saved)
+        run(how, rows, **more)
+        return weights_hash(how.out)
+
+    for stage, parent, rows, more in (
+        ("sft", base, lessons(answers), {"label_at": 0}),
+        ("dpo", taught, preferred(answers), {}),
+    ):
+        assert trained(stage, parent, rows, True, **more) == trained(stage, parent, rows, False, **more)
+
+
+def test_reasoning_first_is_learnt_in_its_order(base: Path, tmp_path: Path, answers: Form) -> None:
+    first = dataclasses.replace(answers, order="pre")
+    how = settings(base, tmp_path / "pre", epochs=2)
+    run(how, lessons(first), label_at=-2)
+    steps = log(tmp_path / "pre")
+    assert steps[-2]["loss"] < steps[0]["loss"]
+    accuracy = [entry["label_accuracy"] for entry in steps if "label_accuracy" in entry]
+    assert accuracy[-1] > accuracy[0]
+
+    rows = [
+        {"pair_id": str(n), "root": root_of(n, label), "rest": list(QUERY), "label": label, "rate": 0.5}
+        for n in range(4)
+        for label in LABELS
+    ]
+    grpo = settings(tmp_path / "pre", tmp_path / "grpo", "grpo", steps=2, groups=2, group=4, max_tokens=12, refresh=1)
+    run(grpo, rows, form=first)
+    told = [entry for entry in log(tmp_path / "grpo") if "groups_drawn" in entry]
+    # No label can be read off a first token: nothing is put back, and no rate is read anew.
+    assert [entry["groups_drawn"] for entry in told] == [2, 2]
+    assert all("p_gold_drawn" not in entry for entry in told)
 
 
 def test_grpo_raises_the_reward_and_draws_groups_with_spread(answers: Form, taught: Path, tmp_path: Path) -> None:
@@ -248,7 +285,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("spark")
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
 def test_two_processes_train_one_model_and_end_together(
     answers: Form, taught: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,13 +293,15 @@ def test_two_processes_train_one_model_and_end_together(
     rows = lessons(answers)
     how = settings(taught, tmp_path / stage, stage, full=False, epochs=2, learning_rate=1e-3)
     more: dict[str, Any] = {"label_at": 0}
+    if stage == "dpo":
+        rows, more = preferred(answers), {}
     if stage == "grpo":
         rows = [{**row, "label": LABELS[n % 4], "rate": 0.5} for n, row in enumerate(rows)]
         how = dataclasses.replace(how, steps=9, groups=2, group=4, max_tokens=12, generated_tokens=300)
         more = {"form": answers}
     train.land(how, rows)
     train.launch(how, 2, **more)
-    train.leave(how, "tiny", how.base)
+    train.leave(how, "tiny")
     told = [entry for entry in log(tmp_path / stage) if "loss" in entry]
     assert [entry["step"] for entry in told] == list(range(1, len(told) + 1))  # one process writes the log
     assert weights_hash(str(tmp_path / stage))
@@ -276,7 +315,7 @@ def test_a_whole_model_takes_from_its_base_what_does_not_tell_of_other_weights(b
     (tmp_path / "out").mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors.index.json", "canaries.json", "x.bin"):
         (parent / name).write_text("{}")
-    train.leave(settings(base, tmp_path / "out"), "parent", str(parent))
+    train.leave(settings(parent, tmp_path / "out"), "parent")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["chat_template.jinja", "tokenizer.json"]
 
 

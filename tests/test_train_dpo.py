@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from jobs import train_sft
+from jobs import train_dpo, train_sft
 from jobs.train_dpo import preferences
 from tests import judged
 
@@ -88,6 +88,27 @@ def test_answers_are_those_of_the_fullest_draw_to_what_is_judged_now(spark: Spar
     )
     found = train_sft.answered(spark, Namespace(tables=root), lesson, pairs).collect()
     assert sorted((r["run_id"], r["pair_id"]) for r in found) == [("1-full", p) for p in "aabbcc"]
+
+
+def test_pairs_that_were_never_right_are_counted_and_listed(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    never, mixed = judged.pair_key(1), judged.pair_key(2)
+    judged.fill(spark, root, "pairs", [judged.pair(1, "kettle"), judged.pair(2, "towel")])
+    drawn = answers(
+        spark, {never: (4, [(3, "no", True), (2, "no", True)]), mixed: (3, [(3, "yes", True), (4, "no", True)])}
+    )
+    train_dpo.tell(spark, Namespace(tables=root), drawn, preferences(drawn, 1, seed=0))
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "train_dpo:   4 Excellent: 0 preferences of 1 pairs (0 always right, 1 never)",
+        "train_dpo:   3 Related: 1 preferences of 1 pairs (0 always right, 0 never)",
+        "train_dpo:   never right: 4 'kettle' and 'Product 1'",
+    ]
+    assert said[3].startswith("train_dpo: 1 pairs were never right; list them: SELECT")
+    drawn.createOrReplaceTempView("samples")
+    assert [row[0] for row in spark.sql(said[3].partition("list them: ")[2]).collect()] == [never]
+    spark.catalog.dropTempView("samples")
 
 
 @pytest.mark.parametrize("column", ["label", "rejected_label"])

@@ -10,7 +10,8 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from jobs import ingest, rescore, sample, train_dpo, train_grpo, train_sft, write_chains
+from jobs import ingest, sample, train_dpo, train_grpo, train_sft, write_chains
+from partitioner import models as named
 from schemas import delta
 from schemas.labels import NAMES
 from tests.engines import load_fake
@@ -96,12 +97,12 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     seen = {pairs[i] for i in pq.read_table(out / "data.parquet")["pair_id"].to_pylist()}
     assert seen == {f"query {n}" for n in range(8)}
     (row,) = models(spark, root)
-    folder, _ = rescore.model_folder(str(out)) or ("", "")
+    folder, _ = named.folder_of(str(out)) or ("", "")
     made = inspect(folder)
     assert (row["model_id"], row["stage"], row["parent_id"]) == (made.model_id, "sft", inspect(base).model_id)
     assert row["trained_on"] == ["raters"]
     assert row["data_hash"] == json.loads((out / adapter.RECIPE).read_text())["data_hash"]
-    assert rescore.registered_folder(spark, root, row["model_id"])[0] == folder
+    assert named.registered_folder(spark, root, row["model_id"])[0] == folder
     assert (out / "log.html").stat().st_size > 10_000
     assert json.loads((out / adapter.RECIPE).read_text())["merged_hash"] == made.weights_hash
     assert sum(file.stat().st_size for file in out.glob("adapter*")) < 20 << 20
@@ -174,7 +175,7 @@ def test_without_chains_it_says_how_to_bring_them_and_teaches_labels_alone_where
     assert len(rows) == 8
     assert {len(row["answer"]) for row in rows} == {2}  # the label and the end
     (made,) = models(spark, root)
-    assert rescore.registered_folder(spark, root, made["model_id"])[0] == str(tmp_path / "sft" / "merged")
+    assert named.registered_folder(spark, root, made["model_id"])[0] == str(tmp_path / "sft" / "merged")
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from schemas.canonical import normalised
 from schemas.gold import judged
 from tests.conftest import REPO
 from tests.engines import answer_form
+from tests.pairs import QUERIES, put, scoring
 from tests.test_ingest import counts, jsonl, pair
-from tests.test_rescore import QUERIES, put, scoring
 from tests.test_sample import judge
 from udfs import teacher
 from udfs.answer import conclusion

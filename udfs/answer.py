@@ -19,17 +19,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
-
-from tokenizers import Tokenizer
 
 from schemas.labels import LABELS, NAMES
 from udfs.model import Model
 from udfs.prompt import Prompt
-from udfs.tokens import DataTokenizer, template_tokenizer
+from udfs.tokens import data_tokenizer, template_tokenizer
 
 ORDERS = ("post", "pre")
 
@@ -123,16 +120,11 @@ class Form:
 
     def _ids(self, text: str) -> list[int]:
         """Ids of text from data: none is a control token. What the tokenizer cannot say is left out."""
-        return [i for i in _compiled(self.tokenizer_json, self.reserved)[1].ids(text) if i is not None]
+        return [i for i in data_tokenizer(self.tokenizer_json, self.reserved).ids(text) if i is not None]
 
     def _text(self, ids: Sequence[int]) -> str:
         # Control tokens inside an answer stay visible.
-        return str(_compiled(self.tokenizer_json, self.reserved)[0].decode(list(ids), skip_special_tokens=False))
-
-
-@lru_cache(maxsize=4)
-def _compiled(tokenizer_json: str, reserved: frozenset[int]) -> tuple[Tokenizer, DataTokenizer]:
-    return template_tokenizer(tokenizer_json), DataTokenizer(tokenizer_json, reserved)
+        return str(template_tokenizer(self.tokenizer_json).decode(list(ids), skip_special_tokens=False))
 
 
 def form(model: Model, prompt: Prompt, order: str = "post") -> Form:
@@ -147,7 +139,7 @@ def form(model: Model, prompt: Prompt, order: str = "post") -> Form:
     start = len(made._ids(" So"))
     four, three, two, one = (made._ids(f" So {NAMES[label]}")[start] for label in LABELS)
     names = (four, three, two, one) if len({four, three, two, one}) == len(LABELS) else None
-    return Form(order, prompt.label_ids, ends, names, prompt.reserved, prompt.tokenizer_json)
+    return replace(made, name_ids=names)
 
 
 def required_end_ids(model: Model) -> tuple[int, ...]:

@@ -61,7 +61,6 @@ class EngineSettings:
     max_num_batched_tokens: int = 0
     tensor_parallel: int = 1
     hang_seconds: int = 300
-    seed: int = 0
 
     @property
     def hash(self) -> str:
@@ -355,7 +354,7 @@ def vllm_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
         "skip_tokenizer_init": True,  # it is fed with ids only; the tokenizer is the prompt's business
         "trust_remote_code": False,
         "load_format": "safetensors",  # "auto" would fall back to pickle files
-        "dtype": settings.dtype,
+        "dtype": number_type(settings.dtype, on_cpu),
         "hf_overrides": {"head_dtype": "float32"} if settings.fp32_head else {},
         "max_model_len": settings.max_model_len,
         "block_size": settings.block_size,
@@ -365,7 +364,6 @@ def vllm_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
         "tensor_parallel_size": settings.tensor_parallel,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "seed": settings.seed,
         **device,
     }
 
@@ -451,8 +449,8 @@ def load(settings: EngineSettings) -> Engine:
     return _loaded[settings]
 
 
-def claim_gpus() -> list[str]:
-    """Shows this process only the GPUs that Spark gave to its task, and returns their addresses.
+def claim_gpus() -> None:
+    """Shows this process only the GPUs that Spark gave to its task.
 
     Spark does not set CUDA_VISIBLE_DEVICES by itself. Must run before vllm or torch is imported.
     """
@@ -464,4 +462,3 @@ def claim_gpus() -> list[str]:
     if addresses:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(addresses)
         print(f"engine: CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}", file=sys.stderr, flush=True)
-    return addresses

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from schemas.files import is_uri
+
 QUANT_CONFIG = "hf_quant_config.json"
 # vLLM 0.32's names for quantised checkpoints on disk (its list is longer: it holds ways to quantise while loading).
 QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4", "quark")
@@ -34,7 +36,6 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_leng
 _VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version")
 _CHUNK = 8 << 20
 _SAMPLES, _SAMPLE = 64, 4096  # blocks of a weight file that a manifest looks at, and their bytes
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 KEPT_FROM_BYTES = 64 << 20  # smaller weights are hashed whole each time: it takes a moment
 COPY_KEPT_DAYS = 7  # a node's copy of a model that nothing asked for so long goes when another version comes
 
@@ -185,11 +186,6 @@ def refuse_changed(folder: str, wanted: Sequence[Sequence[str | int]], whole: st
             f"model folder {folder}: {', '.join(changed)} changed since this job looked at it, or this machine has "
             "another copy; nothing was scored with it. Put the same folder on every machine and start the job again"
         )
-
-
-def is_uri(where: str) -> bool:
-    """Whether it names a place by its scheme, and not a folder of this machine."""
-    return bool(_URI.match(where))
 
 
 def fetched(where: str) -> str:

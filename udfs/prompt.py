@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from schemas.labels import LABELS
-from udfs.tokens import DataTokenizer, template_ids, template_tokenizer
+from udfs.tokens import data_tokenizer, template_ids, template_tokenizer
 
 PRODUCT_FIELDS = ("title", "brand", "category", "attributes", "description")
 FIELDS = (*PRODUCT_FIELDS, "query")
@@ -62,7 +62,7 @@ class Prompt:
     tokenizer_json: str = field(repr=False)
 
 
-class _Text(NamedTuple):
+class Text(NamedTuple):
     """A segment as the file has it, before it is tokenised."""
 
     field: str
@@ -93,13 +93,10 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], tokenizer_json: str
     _positive("block", spec["block"])
     if not isinstance(spec["segments"], list):
         raise ValueError("segments must be a list of texts and fields; demo/prompt.json is one that works.")
-    texts = [_checked(segment) for segment in spec["segments"]]
+    texts = [checked(segment) for segment in spec["segments"]]
     second = _where_the_second_part_begins([text.field for text in texts])
     tokenizer = template_tokenizer(tokenizer_json)
-    segments = [
-        Segment(t.field, template_ids(tokenizer, t.before), template_ids(tokenizer, t.after), t.budget, t.lead)
-        for t in texts
-    ]
+    segments = [tokenised(tokenizer, text) for text in texts]
     label_ids = _label_ids(tokenizer, spec["labels"], texts[-1].after if texts[-1].field else texts[-1].before)
     fill = _fill(tokenizer, spec["fill"]) if "fill" in spec else None
     highest = max({i for s in segments for i in (*s.before, *s.after)} | {*label_ids, fill or 0})
@@ -133,7 +130,7 @@ class Renderer:
     def __init__(self, prompt: Prompt) -> None:
         """Compiles the tokenizer, so make it by `renderer`."""
         self.prompt = prompt
-        self._tokenizer = DataTokenizer(prompt.tokenizer_json, prompt.reserved)
+        self._tokenizer = data_tokenizer(prompt.tokenizer_json, prompt.reserved)
 
     def product(
         self,
@@ -152,12 +149,11 @@ class Renderer:
         stays as it is. If it goes whole, its `before` and `after` stay: they are the template's, and without them the
         boundary would be missed. Raises ValueError for a lone surrogate.
         """
-        named = sorted(dict(attributes or {}).items())
         texts = {
             "title": title,
             "brand": brand,
             "category": category,
-            "attributes": "; ".join(f"{key}: {value}" for key, value in named if value and not value.isspace()),
+            "attributes": told(attributes),
             "description": description,
         }
         return self._part(self.prompt.product, texts, self.prompt.first == "product")
@@ -230,20 +226,32 @@ def _positive(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of tokens, 1 or more.")
 
 
-def _checked(segment: Any) -> _Text:
-    """A segment of the file whose keys and types are right."""
+def checked(segment: Any, fields: Sequence[str] = FIELDS) -> Text:
+    """A segment of a prompt file, a text or one of `fields`. Raises ValueError where its keys or types are wrong."""
     is_text = isinstance(segment, dict) and "text" in segment
     _keys("a text segment" if is_text else "a field segment", segment, {"text"} if is_text else _FIELD_KEYS)
     for key in segment.keys() - {"budget"}:
         if not isinstance(segment[key], str):
             raise ValueError(f"{key} is {segment[key]!r} in a segment; it must be a string. Put it in quotes.")
     if is_text:
-        return _Text("", segment["text"], "", 0, "")
-    if segment["field"] not in FIELDS:
-        raise ValueError(f"field {segment['field']!r} is unknown; name one of {', '.join(FIELDS)}.")
+        return Text("", segment["text"], "", 0, "")
+    if segment["field"] not in fields:
+        raise ValueError(f"field {segment['field']!r} is unknown; name one of {', '.join(fields)}.")
     _positive(f"budget of field {segment['field']}", segment["budget"])
     before, lead = (segment["before"][:-1], " ") if segment["before"].endswith(" ") else (segment["before"], "")
-    return _Text(segment["field"], before, segment["after"], segment["budget"], lead)
+    return Text(segment["field"], before, segment["after"], segment["budget"], lead)
+
+
+def tokenised(tokenizer: Tokenizer, text: Text) -> Segment:
+    """The segment with the ids of its own texts."""
+    before, after = (template_ids(tokenizer, one) for one in (text.before, text.after))
+    return Segment(text.field, before, after, text.budget, text.lead)
+
+
+def told(attributes: Mapping[str, str | None] | Iterable[tuple[str, str | None]] | None) -> str:
+    """A product's attributes as one text, whatever their order; those without a value are left out."""
+    named = sorted(dict(attributes or {}).items())
+    return "; ".join(f"{key}: {value}" for key, value in named if value and not value.isspace())
 
 
 def _fill(tokenizer: Tokenizer, text: Any) -> int:

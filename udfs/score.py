@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ from udfs.decode import LabelProbs, label_probs
 from udfs.engine import Engine, EngineSettings, load
 from udfs.model import Model
 from udfs.prompt import Prompt
-from udfs.stream import Batches, Prompts, Question, answered, answered_schema, answerer
+from udfs.stream import Batches, Prompts, Question, answered_schema, answerer
 
 # What scoring adds to a row, beside what it cost.
 _ANSWER = pa.schema([*[pa.field(p, pa.float64()) for p in (*P_COLUMNS, "p_outside")], pa.field("outcome", pa.string())])
@@ -44,15 +44,12 @@ def scorer(
     settings: EngineSettings, label_ids: Sequence[int], load_engine: Callable[[EngineSettings], Engine] = load
 ) -> Callable[[Batches], Batches]:
     """The function for `mapInArrow`. Input rows hold `ids` (prompt token ids); other columns pass through."""
-    return answerer(settings, _question(label_ids), load_engine)
+    return answerer(settings, question(label_ids), load_engine)
 
 
-def score_batches(engine: Engine, batches: Iterable[pa.RecordBatch], label_ids: Sequence[int]) -> Batches:
-    """Scores batches in order; a batch is yielded as soon as its last row is answered."""
-    return answered(engine, batches, _question(label_ids))
+def question(label_ids: Sequence[int]) -> Question[LabelProbs]:
+    """The probabilities of the labels, read off the first token after the prompt."""
 
-
-def _question(label_ids: Sequence[int]) -> Question[LabelProbs]:
     def ask(engine: Engine, prompts: Prompts) -> Iterator[tuple[int, LabelProbs, int | None]]:
         for answer in engine.answers(prompts, label_ids):
             yield answer.index, label_probs(answer.logprobs), answer.cached

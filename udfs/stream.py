@@ -45,9 +45,8 @@ class Question(Generic[A]):
 
     ask: prompts to (prompt number, answer, cached tokens where known), in any order. room: tokens of an answer; a
     prompt that leaves less in the model's context is answered with `too_long` and never reaches the engine. columns:
-    the answers of a batch as columns of `schema`. failed: the answer of every prompt of a task whose engine died; None
-    where Spark is to try such a task again and at last give up. answers: to each prompt; so many fewer rows of it leave
-    together.
+    the answers of a batch as columns of `schema`. failed: the answer of every prompt of a task whose engine died.
+    answers: to each prompt; so many fewer rows of it leave together.
     """
 
     ask: Callable[[Engine, Prompts], Iterator[tuple[int, A, int | None]]]
@@ -55,7 +54,7 @@ class Question(Generic[A]):
     too_long: A
     columns: Callable[[list[A]], list[list[object]]]
     schema: pa.Schema
-    failed: A | None = None
+    failed: A
     answers: int = 1
 
 
@@ -80,7 +79,7 @@ def answerer(
         began = time.monotonic()
         engine, shard = load_engine(settings), _chain(first, batches)
         startup = time.monotonic() - began
-        if question.failed is not None and _died_before(first.num_rows):
+        if _died_before(first.num_rows):
             # The engine above is fresh and stays for what the driver asks next: the halves of this shard.
             yield from (_given_up(batch, question, question.failed) for batch in shard)
         else:

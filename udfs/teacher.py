@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from schemas.labels import NAMES
-from udfs.prompt import FIELDS, Segment
-from udfs.tokens import DataTokenizer, template_ids, template_tokenizer
+from udfs.prompt import FIELDS, Segment, checked, tokenised, told
+from udfs.tokens import data_tokenizer, template_tokenizer
 
 _NEIGHBOUR_FIELDS = (*FIELDS, "label")
-_FIELD_KEYS = {"field", "before", "after", "budget"}
 _WORKS = "demo/teacher.json is one that works."
 
 
@@ -63,19 +61,14 @@ class TeacherPrompt:
     def _field(self, segment: Segment, row: Mapping[str, Any]) -> tuple[list[int], int]:
         value = row.get(segment.field) if segment.field else None
         if segment.field == "attributes":
-            value = "; ".join(f"{key}: {one}" for key, one in sorted(dict(value or {}).items()) if one)
+            value = told(value)
         elif segment.field == "label":
             value = NAMES[int(str(value))]
         if not value or str(value).isspace():
             return [], 0
-        found = list(_data_tokenizer(self.tokenizer_json, self.reserved).ids(str(value)))
+        found = list(data_tokenizer(self.tokenizer_json, self.reserved).ids(segment.lead + str(value)))
         ids = [i for i in found if i is not None][: segment.budget]
         return ids, len(found) - len(ids)
-
-
-@lru_cache(maxsize=4)
-def _data_tokenizer(tokenizer_json: str, reserved: frozenset[int]) -> DataTokenizer:
-    return DataTokenizer(tokenizer_json, reserved)
 
 
 def load(source: str | Path | Mapping[str, Any], tokenizer_json: str, vocab_size: int) -> TeacherPrompt:
@@ -92,15 +85,7 @@ def load(source: str | Path | Mapping[str, Any], tokenizer_json: str, vocab_size
     tokenizer = template_tokenizer(tokenizer_json)
 
     def segment(one: Any, allowed: Sequence[str]) -> Segment:
-        if isinstance(one, dict) and set(one) == {"text"} and isinstance(one["text"], str):
-            return Segment("", template_ids(tokenizer, one["text"]))
-        if not isinstance(one, dict) or set(one) != _FIELD_KEYS or one["field"] not in allowed:
-            raise ValueError(f"{str(one)[:100]!r} is no text and no field of {', '.join(allowed)}; {_WORKS}")
-        texts = (one["before"], one["after"])
-        if not all(isinstance(text, str) for text in texts) or type(one["budget"]) is not int or one["budget"] < 1:
-            raise ValueError(f"field {one['field']}: before and after are texts, budget is 1 token or more; {_WORKS}")
-        before, after = (template_ids(tokenizer, text) for text in texts)
-        return Segment(one["field"], before, after, one["budget"])
+        return tokenised(tokenizer, checked(one, allowed))
 
     places = [i for i, one in enumerate(given) if isinstance(one, dict) and set(one) == {"neighbour"}]
     if len(places) != 1 or not isinstance(given[places[0]]["neighbour"], list):

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
 
+@lru_cache(maxsize=4)
 def template_tokenizer(tokenizer_json: str) -> Tokenizer:
     """The model's tokenizer, from the text of tokenizer.json: it knows all added tokens and adds none by itself.
 
@@ -84,6 +86,12 @@ class DataTokenizer:
                 yield from self._ids(self._stretch, " ")
             else:
                 yield None
+
+
+@lru_cache(maxsize=4)
+def data_tokenizer(tokenizer_json: str, reserved: frozenset[int]) -> DataTokenizer:
+    """Compiled once in a process: a Spark worker renders many tasks."""
+    return DataTokenizer(tokenizer_json, reserved)
 
 
 def _encoding(tokenizer: Tokenizer, text: str) -> Encoding:

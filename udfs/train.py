@@ -18,13 +18,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from schemas.labels import LABELS
 from udfs import adapter
 from udfs.answer import Form, conclusion
 from udfs.difficulty import STATE, Difficulty, pass_rates
 from udfs.forest import IGNORED, Row, forests, grouped, logprobs, planted
+from udfs.rollout import rolled_out
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,6 @@ DATA = "data.parquet"  # in the out folder: the rows of the stage
 LOG = "log.jsonl"  # one line a logged step
 TOLD_SECONDS = 20.0  # between two lines that people read
 CHOSEN_NLL = 0.2  # weight of the chosen answers' own likelihood in DPO's loss
-REFILLS = 8  # draws for a batch of groups with spread before groups without any are taken
 PLAN = "plan.json"  # settings and rows that the checkpoints belong to
 
 
@@ -154,25 +154,26 @@ def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
     return stages[settings.stage](settings, rows, **more)
 
 
-def leave(settings: TrainSettings, base_name: str, base: str) -> None:
+def leave(settings: TrainSettings, base_name: str) -> None:
     """What a whole folder needs beside its weights; nothing in it names this machine's folders."""
-    import torch
     from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig
 
     out = Path(settings.out)
     config = out / adapter.CONFIG
     if config.is_file():
-        # As the base it is added to: half the bytes, and the sum is rounded to that anyway.
+        # In the base's dtype, to which the sum of the two is rounded anyway: for bfloat16 half the bytes.
         weights = load_file(out / adapter.WEIGHTS)
-        halved = {name: weight.to(getattr(torch, settings.dtype)) for name, weight in weights.items()}
+        as_base = AutoConfig.from_pretrained(settings.base, local_files_only=True, trust_remote_code=False).dtype
+        halved = {name: weight.to(as_base or weight.dtype) for name, weight in weights.items()}
         save_file(halved, out / adapter.WEIGHTS, metadata={"format": "pt"})
         told = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:
-        files = {file.name for file in Path(base).glob("*") if file.suffix in (".json", ".jinja")}
-        for name in files - shutil.ignore_patterns(*adapter.WEIGHT_FILES)(base, sorted(files)):
+        files = {file.name for file in Path(settings.base).glob("*") if file.suffix in (".json", ".jinja")}
+        for name in files - shutil.ignore_patterns(*adapter.WEIGHT_FILES)(settings.base, sorted(files)):
             if not (out / name).exists():
-                shutil.copyfile(Path(base) / name, out / name)
+                shutil.copyfile(Path(settings.base) / name, out / name)
 
 
 def draw(out: str) -> str:
@@ -401,7 +402,8 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
         key = (trainer.state.global_step, trainer.accelerator.process_index)
         policy_model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
-            groups = rolled_out(policy_model, rows, difficulty, form, len(prompts) // settings.group, settings, key)
+            count = len(prompts) // settings.group
+            groups = rolled_out(policy_model, rows, difficulty, form, count, settings.max_tokens, key)
         output: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "label": []}
         for number, answers in groups.answers:
             for ids in answers:
@@ -442,21 +444,10 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
             )
             return logps, entropies, None
 
-    def right(completion_ids: list[list[int]], label: list[int], **_: Any) -> list[float | None]:
-        return [float(form.read(ids).label == own) for ids, own in zip(completion_ids, label, strict=True)]
-
-    def formed(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-        read = [form.read(ids) for ids in completion_ids]
-        return [float(r.finished and r.label is not None and conclusion(r.chain) is not None) for r in read]
-
-    def agrees(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-        read = [form.read(ids) for ids in completion_ids]
-        return [float(r.label is not None and conclusion(r.chain) == r.label) for r in read]
-
     batch = settings.group * settings.groups
     trainer = Trainer(
         model=policy(settings),
-        reward_funcs=[right, formed, agrees],
+        reward_funcs=rewards(form),
         args=GRPOConfig(
             **_arguments(settings)
             | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1, "max_steps": settings.steps},
@@ -477,119 +468,22 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
     return _run(trainer, settings)
 
 
-class Rollout(NamedTuple):
-    """answers: number of a pair and the ids of its group of answers. drawn, without_spread: groups looked at."""
+def rewards(form: Form) -> list[Any]:
+    """GRPO's rewards of answers, each 0 or 1 and logged apart: `right` label, `formed` as was taught, and a chain that
+    `agrees` with its label."""
 
-    answers: list[tuple[int, list[list[int]]]]
-    drawn: int
-    without_spread: int
+    def right(completion_ids: list[list[int]], label: list[int], **_: Any) -> list[float | None]:
+        return [float(form.read(ids).label == own) for ids, own in zip(completion_ids, label, strict=True)]
 
+    def formed(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        read = map(form.read, completion_ids)
+        return [float(r.finished and r.label is not None and conclusion(r.chain) is not None) for r in read]
 
-def rolled_out(
-    model: Any,
-    rows: Sequence[Row],
-    difficulty: Difficulty,
-    form: Form,
-    groups: int,
-    settings: TrainSettings,
-    key: tuple[int, ...],
-) -> Rollout:
-    """`groups` groups of answers, sampled at temperature 1 from the policy.
+    def agrees(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        read = map(form.read, completion_ids)
+        return [float(r.label is not None and conclusion(r.chain) == r.label) for r in read]
 
-    Post-CoT the labels of a group are drawn from one prefill; a group whose labels are all right or all wrong is put
-    back and another pair drawn, up to `REFILLS` times, and only then are chains written. What fails to find spread goes
-    to the trainer as it is. With uniform sampling, and pre-CoT, where the label comes last, nothing is put back.
-    """
-    import torch
-
-    model.eval()
-    kept: list[tuple[int, list[int]]] = []  # number of a pair, first token of each of its answers
-    spare: dict[int, list[int]] = {}  # likewise, without spread
-    drawn = without = 0
-    with torch.no_grad():
-        for attempt in range(REFILLS):
-            numbers = [int(i) for i in difficulty.draw(groups - len(kept), *key, attempt)]
-            numbers = [i for i in numbers if i not in {n for n, _ in kept}]
-            if not numbers:
-                continue
-            firsts = first_tokens(model, [(*rows[i].root, *rows[i].rest) for i in numbers], settings.group)
-            for i, first in zip(numbers, firsts, strict=True):
-                rights = sum(token == rows[i].answer[0] for token in first)
-                has_spread = 0 < rights < settings.group
-                drawn += 1
-                without += not has_spread
-                if has_spread or settings.uniform or form.order == "pre":
-                    kept.append((i, first))
-                else:
-                    spare[i] = first
-            if len(kept) >= groups:
-                break
-        here = {i for i, _ in kept}
-        found = [*kept, *((i, first) for i, first in spare.items() if i not in here)]
-        chosen = found[:groups]
-        while len(chosen) < groups:  # fewer pairs than groups
-            chosen.append(found[len(chosen) % len(found)])
-        prompts = [(*rows[i].root, *rows[i].rest) for i, _ in chosen]
-        written = continued(model, prompts, [firsts for _, firsts in chosen], form.end_ids, settings.max_tokens)
-    model.train()
-    return Rollout([(i, answers) for (i, _), answers in zip(chosen, written, strict=True)], drawn, without)
-
-
-def first_tokens(model: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """`count` first tokens for each prompt, drawn from the whole vocabulary at temperature 1 off one prefill."""
-    import torch
-
-    logits = model(**_padded(model, prompts), use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    drawn: list[list[int]] = torch.multinomial(torch.softmax(logits, dim=-1), count, replacement=True).tolist()
-    return drawn
-
-
-def continued(
-    model: Any, prompts: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]], end_ids: Sequence[int], tokens: int
-) -> list[list[list[int]]]:
-    """Answers that begin with `firsts`, one list a prompt, sampled on at temperature 1 to an end or `tokens` long.
-
-    A prompt is prefilled once; its keys and values are then shared out to its answers.
-    """
-    import torch
-
-    inputs = _padded(model, prompts)
-    cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-    size = len(firsts[0])
-    cache.batch_repeat_interleave(size)
-    seen = inputs["attention_mask"].repeat_interleave(size, dim=0)
-    position = inputs["position_ids"][:, -1:].repeat_interleave(size, dim=0)
-    ends = torch.tensor(list(end_ids), device=seen.device)
-    token = torch.tensor(firsts, device=seen.device).reshape(-1, 1)
-    written = [token]
-    ended = torch.isin(token, ends)
-    while len(written) < tokens and not ended.all():
-        position = position + 1
-        seen = torch.nn.functional.pad(seen, (0, 1), value=1)
-        logits = model(
-            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-        ).logits[:, -1]
-        token = torch.multinomial(torch.softmax(logits.float(), dim=-1), 1)
-        token = torch.where(ended, ends[0], token)
-        ended |= torch.isin(token, ends)
-        written.append(token)
-    answers = []
-    for ids in torch.cat(written, dim=1).tolist():
-        end = next((i + 1 for i, token_id in enumerate(ids) if token_id in end_ids), len(ids))
-        answers.append(ids[:end])
-    return [answers[i * size : (i + 1) * size] for i in range(len(prompts))]
-
-
-def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Prompts side by side, all ending in the last column."""
-    import torch
-
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in inputs.items()}
+    return [right, formed, agrees]
 
 
 def _arguments(settings: TrainSettings) -> dict[str, Any]:

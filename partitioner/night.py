@@ -1,0 +1,416 @@
+"""A night: one run of one model over `pairs`, which keeps `label_probs` as they are. The nightly stream and the
+backfill are both one; they differ in which pairs they look at.
+
+A pair is known by (content_hash, model, prompt): what is judged is never asked again, whoever judged it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from partitioner import engines, models, prefix, waves
+from partitioner.tiers import likeliest
+from partitioner.waves import Stopped, Waves
+from schemas import delta, runs
+from schemas.crash import crash
+from schemas.labels import LABELS, P_COLUMNS
+from udfs import selfcheck
+from udfs.render import rendered
+from udfs.score import Scoring
+
+NOISE_SAMPLE = 64  # pairs of a run that are asked again in another order
+ASKED = "noise_pairs"  # figure: how many
+PORTIONS = 8  # of a line, by how much they are wanted
+MIX_PAIRS = 100  # of a run: with fewer, its mix of labels says nothing
+GATES_SECONDS = 3600.0  # between two looks at the gates in a stream that stays
+
+
+class Night(Waves):
+    """One run over `pairs`: scores those whose present text this model has not judged, forgets pairs that are gone."""
+
+    rides = True
+
+    def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run) -> None:
+        super().__init__(spark, root, what, run)
+        self.also: list[Night] = []  # other models that are kept current
+        self.error: BaseException | None = None
+        self._version = 0  # of pairs, at which the batch was read
+        self.between = threading.Lock()  # held while a batch is worked on
+        self.ending = False  # no batch begins any more
+        self._written = 0  # rows of label_probs that this run's commits inserted or changed
+        self._looked = time.monotonic()  # when the gates were last looked at
+        self._failed = 0  # of them, at most at one look
+
+    def forget_removed_pairs(self) -> None:
+        """Removes label_probs rows, of all models, whose pair is gone."""
+        pairs = delta.read(self.spark, self.root, "pairs").select("pair_id")
+        judged = delta.read(self.spark, self.root, "label_probs").select("pair_id")
+        orphans = judged.join(pairs, "pair_id", how="left_anti")
+        if not orphans.isEmpty():
+            if pairs.isEmpty():
+                raise runs.Unmet(
+                    f"table pairs is empty, and label_probs is not: all that was judged would be removed, so nothing "
+                    f"was done. Bring the pairs back (ingest --tables {self.root} --pairs FILE); or, where they are to "
+                    f"go for good, remove the rows model by model (maintain --tables {self.root} --drop-model ID --yes)"
+                )
+            gone = delta.delete(self.spark, self.root, "label_probs", orphans, ("pair_id",))
+            self._count(removed=gone)
+            print(f"{self.run.job}: removed {gone:,} rows of pairs that are gone", flush=True)
+
+    def follow_pairs(self) -> None:
+        """Where `pairs` was made anew its versions begin again, and rows that name a later one than there is would pass
+        for newer than any text to come: they name the first one from now on."""
+        highest = delta.read(self.spark, self.root, "label_probs").agg(F.max("pairs_version")).collect()[0][0]
+        present = delta.version(self.spark, self.root, "pairs")  # read after it: versions only grow
+        if highest is not None and highest > present:
+            named = F.col("pairs_version") > present
+            delta.update(self.spark, self.root, "label_probs", named, {"pairs_version": F.lit(0).cast("bigint")})
+            delta.drop(self.spark, delta.checkpoint(self.root))  # they point behind the feed's new end
+            print(f"{self.run.job}: pairs is at version {present:,}, rows named up to {highest:,}: it was made anew")
+
+    def batch(self, changes: DataFrame, batch_id: int) -> None:
+        """One micro-batch of the change feed (foreachBatch)."""
+        with self.between:
+            if self.ending:  # it is not done, so the checkpoint stays before it
+                raise Stopped("the stream ends")
+            try:
+                self._batch(changes, f"{batch_id:04d}")
+            except BaseException as error:
+                self.error = error  # Spark wraps it in a page of Java
+                raise
+        crash("batch")
+
+    def _batch(self, changes: DataFrame, name: str) -> None:
+        kinds = {row["_change_type"] for row in changes.select("_change_type").distinct().collect()}
+        if "delete" in kinds:
+            self.forget_removed_pairs()
+        if kinds & {"insert", "update_postimage"}:
+            changed = changes.where(F.col("_change_type").isin("insert", "update_postimage"))
+            changed = changed.select("pair_id").distinct()
+
+            def score(night: Night) -> None:
+                night.score_changed(changed, name)
+                if night.stays and time.monotonic() - night._looked > GATES_SECONDS:
+                    if night is self:  # a candidate need not have judged all pairs
+                        night.score_left(f"{name}-left")
+                    night.look_at_gates()
+                    night.run = replace(night.run, figures={k: v for k, v in night.run.figures.items() if k != ASKED})
+
+            self.with_candidates(score)
+
+    def with_candidates(self, work: Callable[[Night], None]) -> None:
+        """Does work for this night, then for the models beside it: a fault of one of those ends its run alone, and
+        fails a gate of this one."""
+        work(self)
+        for other in list(self.also):
+            try:
+                work(other)
+            except Stopped:
+                raise
+            except Exception as error:
+                if self.left:  # it was cancelled, and is not at fault
+                    raise
+                print(
+                    f"{self.run.job}: --also {other.what.model.model_id}: {runs.in_a_line(error)}; goes on without it",
+                    flush=True,
+                )
+                self.also.remove(other)
+                self._count(candidates_failed=1)
+                other.fail(error)
+                delta.drop_scratch(self.spark, self.root, other.run.run_id)
+
+    def pairs(self) -> DataFrame:
+        """`pairs` as they are at this moment, which is the version that the next rows will name."""
+        self._version = delta.version(self.spark, self.root, "pairs")
+        return delta.read(self.spark, self.root, "pairs", self._version)
+
+    def chosen_pairs(self) -> DataFrame:
+        """Those of `pairs` that this run may score."""
+        return self.pairs()
+
+    def retry_failed(self) -> None:
+        """Asks again for the pairs that have no probabilities: an engine died on them, or they were too long for it."""
+        failed = F.col("outcome") != self.done
+        judged = self.judged()
+        seen = self.chosen_pairs().join(judged.where(failed).select("pair_id"), "pair_id", how="left_semi")
+        self.score(seen, "retried", judged.where(~failed))
+
+    def score_changed(self, changed: DataFrame, name: str) -> None:
+        """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
+        self.score(self.pairs().join(changed, "pair_id", how="left_semi"), name, self.judged())
+
+    def score_left(self, name: str = "left") -> None:
+        """Scores what the feed goes without: where rows of label_probs are lost, or an older version of a table was
+        put back, its changes do not tell."""
+        left = unjudged(self.pairs(), self.judged())
+        if not left.isEmpty():
+            print(
+                f"{self.run.job}: the feed of changes is worked off, and some pairs are not judged as they are",
+                flush=True,
+            )
+            self.score(left, name, self.judged())
+
+    def score(self, seen: DataFrame, name: str, judged: DataFrame) -> prefix.Line:
+        """Scores those of `seen` (of `pairs`) whose text is not in `judged`, most wanted first; returns their line."""
+        started = time.monotonic()
+        if Waves._held != self.what.settings and not unjudged(seen, judged).isEmpty():
+            self.begin_loading()
+        line, total = self.plan(seen, name, judged)
+        self._count(seen=total, skipped=total - line.prompts)
+        if line.prompts:
+            self.planned(line, total, time.monotonic() - started)
+            crash("planned")
+            self.check_first_use(line)
+            try:
+                self.run_line(line, name)
+            except Stopped:
+                if self._end is None:  # else engines are dead: what is written has its noise too
+                    self.ask_again(line)
+                raise
+            self.ask_again(line)
+        delta.drop_scratch(self.spark, self.root, self.run.run_id, self.line_name(name))
+        return line
+
+    def plan(
+        self, seen: DataFrame, name: str, judged: DataFrame, wanted: Column | None = None
+    ) -> tuple[prefix.Line, int]:
+        """The line of the pairs that are to be scored, and how many were looked at.
+
+        `wanted`: what comes first, highest first (default: the pairs' weight, where they bear one).
+        """
+        by = (F.col("weight") if wanted is None else wanted).cast("double")
+        told = seen.agg(F.count("*"), F.min(by), F.max(by), F.count_if(by.isNull())).collect()[0]
+        total, low, high, without = tuple(told)
+        todo = unjudged(seen, judged)
+        if low is not None and (low < high or without):
+            todo = in_portions(
+                todo, by, ("locale", "product_id") if self.what.prompt.first == "product" else ("query",)
+            )
+        return self.land_line(rendered(todo, self.what.prompt), name), total
+
+    def planned(self, line: prefix.Line, total: int, seconds: float) -> None:
+        """Tells also what the other order inside the prompt would have cost: roughly, the other part of each pair."""
+        super().planned(line, total, seconds)
+        second = F.size("ids") - F.col("group_tokens")
+        by = ("query",) if self.what.prompt.first == "product" else ("locale", "product_id")
+        head = line.rows.agg(F.min("group_tokens")).collect()[0][0]  # what all prompts share is at most that long
+        groups = line.rows.groupBy(*by).agg(
+            F.max(second).alias("once"), F.sum(F.col("group_tokens") - head).alias("each"), F.count("*").alias("rows")
+        )
+        other = groups.agg(F.sum("once") + F.sum("each")).collect()[0][0] + head
+        self._measure(other_order_tokens=float(other))
+        print(
+            f"{self.run.job}: {self.what.prompt.first} first computes {line.trie_nodes:,} tokens with a perfect cache; "
+            f"the other order would compute about {other:,}",
+            flush=True,
+        )
+
+    def write(self, answered: DataFrame, wave_id: str) -> None:
+        """Merges the wave into `label_probs`."""
+        what = self.what
+        if delta.version(self.spark, self.root, "pairs") != self._version:
+            # An answer to a text that is no longer the pair's, or to a pair that is gone, is dropped: another run may
+            # have judged the present text, or taken it from an earlier row with the same text, and never comes back.
+            present = delta.read(self.spark, self.root, "pairs").select("pair_id", "content_hash")
+            answered = answered.join(present, ["pair_id", "content_hash"], how="left_semi")
+        new = answered.select(
+            "pair_id",
+            F.lit(what.model.model_id).alias("model_id"),
+            F.lit(what.prompt.prompt_id).alias("prompt_id"),
+            "query",
+            "product_id",
+            "locale",
+            *P_COLUMNS,
+            "p_outside",
+            "outcome",
+            "content_hash",
+            F.lit(self._version).cast("bigint").alias("pairs_version"),
+            F.lit(wave_id).alias("wave_id"),
+            "prompt_tokens",
+            "tokens_cut",
+            F.lit(self.run.run_id).alias("run_id"),
+            F.current_timestamp().alias("scored_at"),
+        )
+        # A writer that slept must not put old text over new; and what another run scored meanwhile stays.
+        newer = (
+            "new.pairs_version >= old.pairs_version AND (new.content_hash <> old.content_hash "
+            "OR old.outcome <> 'scored' AND new.outcome <> old.outcome)"
+        )
+        mine = {"model_id": what.model.model_id, "prompt_id": what.prompt.prompt_id}
+        written = delta.upsert(self.spark, self.root, "label_probs", new, newer, mine)
+        self._written += written["inserted"] + written["updated"]
+
+    def ask_again(self, line: prefix.Line) -> None:
+        """Once a run, some of its pairs in another order and other company: how far their probabilities move is the
+        noise under every figure and every cut."""
+        if ASKED in self.run.figures:
+            return
+        scored = self.judged().where((F.col("run_id") == self.run.run_id) & (F.col("outcome") == "scored"))
+        count = min(NOISE_SAMPLE, max(4, int(line.prompts * waves.CANARY_SHARE)))
+        drawn = [row["pair_id"] for row in scored.orderBy(F.xxhash64("pair_id")).limit(count).collect()]
+        some = line.rows.where(F.col("pair_id").isin(drawn))
+        with self.timed("check"), self.cancellable("noise"), engines.own_workers(self.spark):
+            again = {row["pair_id"]: row for row in self.ask(some.repartition(1)).collect()}
+        first = self.judged().where(F.col("pair_id").isin(list(again)) & (F.col("outcome") == "scored")).collect()
+        both = [(row, again[row["pair_id"]]) for row in first]
+        both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"] and b["outcome"] == "scored"]
+        moved = selfcheck.differences(*([[pair[side][p] for p in P_COLUMNS] for pair in both] for side in (0, 1)))
+        if moved:
+            flips = sum(max(P_COLUMNS, key=a.__getitem__) != max(P_COLUMNS, key=b.__getitem__) for a, b in both)
+            mean = sum(moved) / len(moved)
+            self._measure(**{ASKED: len(both)}, noise_max_dp=max(moved), noise_mean_dp=mean, noise_flips=flips)
+
+    def close(self, status: str = "done", message: str | None = None) -> runs.Run:
+        """Writes the run's gates and its end; returns its row."""
+        self._split()
+        self.look_at_gates()
+        self._measure(rows_written=self._written)
+        self.run = runs.finish(self.spark, self.root, self.run, status, message)
+        print(summary(self.run), flush=True)
+        return self.run
+
+    def fail(self, error: BaseException) -> None:
+        """Writes that the run ended by an error, if it has not ended; its gates too, if the tables still take them."""
+        if self.run.finished_at:
+            return
+        with suppress(Exception):
+            self._split()
+            self.look_at_gates()
+        super().fail(error)
+
+    def look_at_gates(self) -> None:
+        """Writes the run's gates as they are now, and tells those that are not in order."""
+        told = self.gates()
+        if told:
+            write = delta.upsert if self.stays else delta.append
+            write(self.spark, self.root, "gates", delta.rows(self.spark, "gates", told))
+        for _, name, level, found, allowed, note in told:
+            if level != "ok":
+                print(
+                    f"{self.run.job}: gate {name}: {level}, found {found:.3g}, allowed {allowed:.3g}: {note}",
+                    flush=True,
+                )
+        self._looked = time.monotonic()
+        if failed := sum(level == "fail" for _, _, level, *_ in told):
+            self._count(gates_failed=max(0, failed - self._failed))  # a stream that stays looks at the same ones again
+            self._failed = max(failed, self._failed)
+
+    def gates(self) -> list[tuple[str, str, str, float | None, float, str]]:
+        """What was looked at, as rows of `gates`; also keeps the mix of labels for the next run to compare with."""
+        counts, run_id = self.run.counts, self.run.run_id
+        scored, refused = counts.get("scored", 0), counts.get("refused", 0)
+        present = delta.read(self.spark, self.root, "pairs").select("pair_id", F.col("content_hash").alias("text"))
+        mine = (F.col("run_id") == run_id) & (F.col("outcome") == "scored")
+        by_label = (
+            present.join(self.judged(), "pair_id", how="left")
+            .groupBy(F.when(mine, likeliest()).alias("label"))
+            .agg(F.count("*").alias("pairs"), F.count_if(~F.col("content_hash").eqNullSafe(F.col("text"))).alias("old"))
+            .collect()
+        )
+        mix = {row["label"]: row["pairs"] for row in by_label if row["label"]}
+        shares = {label: mix.get(label, 0) / max(1, sum(mix.values())) for label in LABELS}
+        if scored:
+            self._measure(**{f"mix_{label}": shares[label] for label in LABELS})
+        same = models.of(self.run.model_id, self.run.prompt_id)
+        enough = (F.col("counts")["scored"] >= MIX_PAIRS) & F.col("figures")["mix_4"].isNotNull()
+        before = delta.read(self.spark, self.root, "runs").where(same & enough & (F.col("run_id") != run_id))
+        last = before.orderBy(F.desc("started_at")).select("figures").head() if scored >= MIX_PAIRS else None
+        shift = sum(abs(shares[label] - last["figures"][f"mix_{label}"]) for label in LABELS) / 2 if last else None
+        pairs, old = (sum(row[name] for row in by_label) for name in ("pairs", "old"))
+        noise = selfcheck.NOISE.get(self.run.dtype or "", 0.0)
+        most = self._allowed_refused if self.stays else self.max_refused
+        looked = [
+            (
+                "refused_share",
+                refused / max(1, scored + refused),
+                0.05,
+                "warn",
+                "of this run's rows have no label",
+            ),
+            ("refused", float(refused), float(most), "fail", "rows without a label (--max-refused)"),
+            (
+                "candidates",
+                float(counts.get("candidates_failed", 0)),
+                0.0,
+                "fail",
+                "models of --also whose runs failed",
+            ),
+            ("outside_mass", self.run.p_outside, 0.2, "warn", "mean mass on anything but the four labels"),
+            ("mix_shift", shift, 0.2, "warn", "of the likeliest labels moved against the run before"),
+            ("freshness", old / max(1, pairs), 0.0, "warn", "of the pairs are not judged as they are now (backfill)"),
+            (
+                "canaries",
+                self.run.figures.get("canaries_max_dp"),
+                noise,
+                "fail" if counts.get("waves_failed") else "warn",
+                "canaries against themselves, max |Δp|; the waves in which one was off were dropped and asked again",
+            ),
+            (
+                "noise",
+                self.run.figures.get("noise_max_dp"),
+                noise,
+                "fail",
+                "pairs asked again in another order, max |Δp|",
+            ),
+            (
+                "noise_mean",
+                self.run.figures.get("noise_mean_dp"),
+                selfcheck.MEAN_NOISE.get(self.run.dtype or "", 0.0),
+                "fail",
+                "pairs asked again in another order, mean of their max |Δp|",
+            ),
+        ]
+        return [
+            (run_id, name, "ok" if found is None or found <= allowed else level, found, allowed, note)
+            for name, found, allowed, level, note in looked
+        ]
+
+
+def unjudged(seen: DataFrame, judged: DataFrame) -> DataFrame:
+    """Those of `seen` whose present text is not in `judged`."""
+    return seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
+
+
+def in_portions(pairs: DataFrame, wanted: Column, group: Sequence[str]) -> DataFrame:
+    """Adds `portion`, 0 first: what shares a prefix (`group`) stays together, and comes with its most wanted pair.
+
+    Cut at equal shares of the groups; where nearly all are wanted alike, as with one weight for most, what is wanted
+    more than those is cut in its turn.
+    """
+    best = pairs.groupBy(*group).agg(F.max(wanted).alias("best"))
+    cuts: set[float] = set()
+    above = best
+    while found := set(above.approxQuantile("best", [n / PORTIONS for n in range(1, PORTIONS)], 0.01)):
+        cuts |= found
+        if len(found) > 1:
+            break
+        above = above.where(F.col("best") > max(found))
+    portion = F.lit(0)
+    for cut in sorted(cuts):
+        portion = portion + F.when(F.col("best") >= cut, 0).otherwise(1)  # null: last
+    keyed = best.select(*(F.col(c).alias(f"group_{c}") for c in group), portion.alias("portion"))
+    same = [F.col(c).eqNullSafe(F.col(f"group_{c}")) for c in group]
+    return pairs.join(keyed, same, how="inner").drop(*(f"group_{c}" for c in group))
+
+
+def summary(run: runs.Run) -> str:
+    """What the run did, for people."""
+    counts = run.counts
+    text = (
+        f"{run.job}: {run.status} · {counts.get('seen', 0):,} seen, {counts.get('skipped', 0):,} skipped, "
+        f"{counts.get('scored', 0):,} scored, {counts.get('refused', 0):,} refused"
+    )
+    if not counts.get("scored"):
+        return text
+    return text + (
+        f" · {run.prompt_tokens:,} prompt tokens, {run.computed_tokens:,} computed (block floor {run.block_floor:,}, "
+        f"trie {run.trie_nodes:,}), {run.tokens_cut:,} cut · engine {run.engine_seconds:,.0f} s, {run.engine_loads} "
+        f"load(s), {run.dtype} · mean mass outside the labels {run.p_outside:.4f}"
+    )
