@@ -184,9 +184,10 @@ def as_the_job(model: str, cache: float) -> dict[str, Any]:
     """What the job's engine is told, for peers."""
     from vllm.platforms import current_platform
 
-    from udfs.engine import EngineSettings, vllm_arguments
+    from udfs.engine import EngineSettings, number_type, vllm_arguments
 
-    return vllm_arguments(EngineSettings(model=model, kv_cache_gib=cache), current_platform.is_cpu())
+    on_cpu = current_platform.is_cpu()
+    return vllm_arguments(EngineSettings(model=model, dtype=number_type("auto", on_cpu), kv_cache_gib=cache), on_cpu)
 
 
 def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
@@ -304,9 +305,9 @@ def the_job(model: str, night: list[dict[str, Any]], root: str, cache: float, ar
     from pyspark.sql import functions as F
 
     from jobs import ingest, rescore
-    from partitioner import prefix, waves
+    from partitioner import engines, prefix, waves
     from schemas import delta
-    from udfs.engine import EngineSettings
+    from udfs.engine import EngineSettings, number_type
     from udfs.model import inspect
     from udfs.prompt import load
     from udfs.render import rendered
@@ -318,7 +319,8 @@ def the_job(model: str, night: list[dict[str, Any]], root: str, cache: float, ar
     looked_at = inspect(model)
     spec = json.loads(Path(looked_at.prompt_file or "").read_text())
     prompt = load(spec, looked_at.tokenizer_json, looked_at.vocab_size)
-    what = Scoring(looked_at, "external", prompt, EngineSettings(model=model, kv_cache_gib=cache))
+    settings = EngineSettings(model=model, dtype=number_type("auto", engines.on_cpu()), kv_cache_gib=cache)
+    what = Scoring(looked_at, "external", prompt, settings)
     if arrival:
         lined_up = prefix.lined_up
 

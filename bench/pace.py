@@ -15,7 +15,8 @@ from pathlib import Path
 
 from bench.night import a_night, model_folder
 from jobs.check import in_own_process, prompts
-from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, VllmEngine
+from partitioner import engines
+from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, VllmEngine, number_type
 from udfs.model import inspect
 from udfs.prompt import load
 
@@ -39,7 +40,8 @@ def one(model: str, products: int, seqs: int, budget: int) -> str:
     prompt = load(looked_at.prompt_file or "", looked_at.tokenizer_json, looked_at.vocab_size)
     asked = sorted(prompts(prompt, a_night(products, "log")))
     began = time.monotonic()
-    engine = VllmEngine(EngineSettings(model=model, max_num_seqs=seqs, max_num_batched_tokens=budget))
+    dtype = number_type("auto", engines.on_cpu())
+    engine = VllmEngine(EngineSettings(model, dtype=dtype, max_num_seqs=seqs, max_num_batched_tokens=budget))
     loaded = time.monotonic()
     computed = sum(len(asked[a.index]) - a.cached for a in engine.answers(iter(asked), prompt.label_ids))
     seconds = time.monotonic() - loaded

@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 
 from partitioner import engines, models
 from schemas import delta
-from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings
+from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, number_type
 from udfs.model import inspect, manifest
 from udfs.prompt import load as load_prompt
 from udfs.score import Scoring
@@ -93,7 +93,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
     parser.add_argument(
         "--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"),
-        help="number type (default auto: the model's own, or float32 where a CPU has no instructions for bfloat16)",
+        help="number type (default auto: the model's own, or float32 where this CPU has no instructions for bfloat16)",
     )  # fmt: skip
     parser.add_argument("--head", default="float32", choices=("float32", "model"), help="number type of the logits")
     parser.add_argument("--max-model-len", type=positive, default=defaults.max_model_len, help="tokens of a prompt")
@@ -126,7 +126,7 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
         model=model.source,
         manifest=files,
         weights_hash=model.weights_hash if full else None,
-        dtype=args.dtype,
+        dtype=number_type(args.dtype, engines.on_cpu()),
         fp32_head=args.head == "float32",
         max_model_len=min(args.max_model_len, model.max_positions),
         kv_cache_gib=args.kv_cache_gib,

@@ -432,9 +432,11 @@ def fit_thresholds(
     model_id, prompt_id = scored_by(spark, root, model_id, prompt_id)
     frame = judged(spark, root, wanted, model_id, prompt_id).persist()
     run = runs.start(spark, root, JOB, model_id, prompt_id)
-    with runs.recorded(spark, root, lambda: run):
-        version, counts = _fitted(spark, root, wanted, frame, run)
-    frame.unpersist()
+    try:
+        with runs.recorded(spark, root, lambda: run):
+            version, counts = _fitted(spark, root, wanted, frame, run)
+    finally:
+        frame.unpersist()
     runs.finish(spark, root, replace(run, counts=counts), "done", f"version {version}: {wanted.flags}")
     return version
 

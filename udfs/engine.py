@@ -354,7 +354,7 @@ def vllm_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
         "skip_tokenizer_init": True,  # it is fed with ids only; the tokenizer is the prompt's business
         "trust_remote_code": False,
         "load_format": "safetensors",  # "auto" would fall back to pickle files
-        "dtype": number_type(settings.dtype, on_cpu),
+        "dtype": settings.dtype,
         "hf_overrides": {"head_dtype": "float32"} if settings.fp32_head else {},
         "max_model_len": settings.max_model_len,
         "block_size": settings.block_size,
