@@ -133,14 +133,15 @@ def rescore(
         one.stays = every is not None
     crash("started")
     checkpoint = delta.checkpoint(root, what.model.model_id, what.prompt.prompt_id)
-    status, message = "done", ""
+    status = "done"
+    message: str | None = None
     try:
         try:
             _stream(night, checkpoint, every, retry_failed, follow)
         except Stopped as stopped:
             print(f"{JOB}: {stopped}", flush=True)
             status, message = "stopped", str(stopped)
-        closed = closed_nights(night, status, message or None)
+        closed = closed_nights(night, status, message)
     except BaseException as error:
         for one in reversed((night, *night.also)):  # the first one's row is the one to tell of
             one.fail(error)

@@ -43,6 +43,7 @@ class FakeEngine:
         self.block = settings.block_size
         self.busy_seconds = 0.0
         self.seen: set[tuple[int, ...]] = set()
+        self.folder = Path(settings.model)  # through which a test speaks with the engine
 
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
@@ -126,7 +127,6 @@ class MortalEngine(FakeEngine):
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
-        self.folder = Path(settings.model)
         self.hang_seconds = settings.hang_seconds
 
     def answers(
@@ -147,7 +147,6 @@ class PoisonedEngine(FakeEngine):
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
-        self.folder = Path(settings.model)
         loaded = self.folder / "loaded"
         if loaded.exists() and any(map(_born, map(int, loaded.read_text().split()))):
             (self.folder / "beside").touch()
@@ -247,10 +246,6 @@ class HungryEngine(FakeEngine):
 class DoomedEngine(FakeEngine):
     """Takes two milliseconds a prompt, and exits when the file `die` is in the folder `settings.model`."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        super().__init__(settings)
-        self.folder = Path(settings.model)
-
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
     ) -> Iterator[Answer]:
@@ -268,10 +263,6 @@ class DoomedEngine(FakeEngine):
 
 class SlowEngine(FakeEngine):
     """Takes two seconds a prompt; the file `asked` in its folder (`settings.model`) says that it has begun."""
-
-    def __init__(self, settings: EngineSettings) -> None:
-        super().__init__(settings)
-        self.folder = Path(settings.model)
 
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
