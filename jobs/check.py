@@ -81,8 +81,10 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
     """All that a night needs, looked at one by one; and what would score, where that is in order."""
     spark, what = delta.session("check") if args.tables else None, None
     points: list[Point] = [("versions", *worker(spark, versions)), ("device", *worker(spark, device))]
+    opened = spark is not None
     if spark is not None:
         points += [(name, *found) for name, found in tables_of(spark, args.tables)]
+        opened = ("storage", True) not in [point[:2] for point in points]
         try:
             engines.refuse_unfit(spark, args.tensor_parallel)
             points.append(("engines", False, f"{engines.count(spark)} can work at a time"))
@@ -92,8 +94,9 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
         active = args.model in (None, models.ACTIVE)
         found = None if active else models.folder_of(args.model)
         if found is None:
-            if spark is None:
-                raise ValueError(f"--model {args.model or 'active'} stands in the tables; add --tables T")
+            if spark is None or not opened:
+                mend = "which cannot be opened" if spark else "which were not named; add --tables T"
+                raise ValueError(f"--model {args.model or 'active'} stands in the tables, {mend}")
             named = models.in_force(spark, args.tables)[0] if active else args.model
             found = models.registered_folder(spark, args.tables, named)
         what = jobs.scoring(args, *found)
@@ -105,7 +108,7 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
         if not files.is_uri(what.model.source):  # each worker copies that one
             path, gpus, share = what.model.path, args.tensor_parallel, args.gpu_memory
             points.append(("memory", *worker(spark, lambda: memory(path, gpus, share))))
-        if spark is not None and delta.exists(spark, args.tables, "models"):
+        if spark is not None and opened and delta.exists(spark, args.tables, "models"):
             models.refuse_foreign_prompt(spark, args.tables, what)
             if active:
                 models.refuse_other_prompt(spark, args.tables, what)
@@ -141,7 +144,7 @@ def versions() -> tuple[bool, str]:
 def device() -> tuple[bool, str]:
     """GPUs, or the CPU, and whether the engine that is installed is made for it."""
     gpus = [line for line in nvidia_smi("-L") if line.startswith("GPU")]
-    for_gpu = engines.package().startswith("vllm ")
+    for_gpu = bool(engines.package()) and not engines.on_cpu()
     if gpus and not for_gpu:
         return True, f"{len(gpus)} GPU(s), but the engine is the one for CPUs; install: make ENGINE=cuda setup"
     if not gpus and for_gpu:

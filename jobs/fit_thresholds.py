@@ -16,7 +16,7 @@ import re
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -376,10 +376,10 @@ def cutter(name: str, rows: Rows, wanted: Wanted, segments: Sequence[str] = (), 
 
     fits = {"": found(slice(None), relax)}
     for segment in segments if "_by_" in name else ():
-        try:
-            fits[segment] = found(rows.segments == segment, False)
-        except Impossible:
-            continue  # it takes the cut of all
+        here = rows.segments == segment
+        with suppress(Impossible):  # it takes the cut of all, as one of which no row was drawn
+            if here.any():
+                fits[segment] = found(here, False)
     return Cutter(name, fits, temperature)
 
 
@@ -405,11 +405,14 @@ def out_of_fold(
 
 
 def spread(rows: Rows, wanted: Wanted, segments: Sequence[str], temperature: float) -> dict[str, tuple[Floats, Floats]]:
-    """For each segment, '' for all, the 2.5 and 97.5 percentiles of τ4, τ3, τ2 over refits on resampled queries."""
+    """The 2.5 and 97.5 percentiles of τ4, τ3, τ2 over refits on resampled queries, for each segment that has rows, ''
+    for all."""
     random = np.random.default_rng(wanted.seed + 1)
     found = {}
     for segment in ("", *segments):
         here = rows if segment == "" else rows.where(rows.segments == segment)
+        if not len(here):  # of whole queries that were drawn, none was asked for it
+            continue
         sorted_once = Values(tiers.cumulative(here.p, temperature))
         _, place = np.unique(here.queries, return_inverse=True)
         taus = []
@@ -437,7 +440,8 @@ def fit_thresholds(
             version, counts = _fitted(spark, root, wanted, frame, run)
     finally:
         frame.unpersist()
-    runs.finish(spark, root, replace(run, counts=counts), "done", f"version {version}: {wanted.flags}")
+    told = f"version {version}: --model-id {model_id} --prompt-id {prompt_id} {wanted.flags}"
+    runs.finish(spark, root, replace(run, counts=counts), "done", told)
     return version
 
 
@@ -609,6 +613,9 @@ def _figures(
     of = measures.named(costs) | {str(r): r.of_confusion for r in wanted.requirements}
     found: list[Figure] = []
 
+    def interval(values: Floats) -> tuple[float, float]:
+        return measures.interval(values) if wanted.replicates else (float("nan"), float("nan"))
+
     def measure(here: Rows, names: Sequence[str], tiers: list[NDArray[np.int64]], segment: str) -> None:
         _, place = np.unique(here.queries, return_inverse=True)
         count = int(place.max()) + 1
@@ -618,16 +625,16 @@ def _figures(
         for i, name in enumerate(names):
             for key, function in of.items():
                 values = function(drawn[:, i])
-                found.append((name, split, segment, key, float(function(whole[i])), *measures.interval(values), n))
+                found.append((name, split, segment, key, float(function(whole[i])), *interval(values), n))
                 if i:
                     apart = function(drawn[:, 0]) - values
                     value = float(function(whole[0]) - function(whole[i]))
-                    found.append((names[0], split, segment, f"{key}_minus_{name}", value, *measures.interval(apart), n))
+                    found.append((names[0], split, segment, f"{key}_minus_{name}", value, *interval(apart), n))
             for y, label in enumerate(LABELS):
                 for t, tier in enumerate(LABELS):
                     cell = drawn[:, i, y, t]
                     key = f"confusion_{label}_{tier}"
-                    found.append((name, split, segment, key, float(whole[i, y, t]), *measures.interval(cell), n))
+                    found.append((name, split, segment, key, float(whole[i, y, t]), *interval(cell), n))
 
     measure(rows, names, [given[name] for name in names], "")
     for segment in segments[:_SEGMENTS_TOLD]:
@@ -729,6 +736,8 @@ def _by_key(found: list[Figure], split: str) -> dict[tuple[str, str], tuple[floa
 
 def _shown(figure: tuple[float, float, float], sign: str = "") -> str:
     value, low, high = figure
+    if np.isnan(low):
+        return f"{value:{sign}.4f}"
     return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
 
 
@@ -743,7 +752,8 @@ def _table(wanted: Wanted, names: Sequence[str], split: str, found: list[Figure]
     by, columns = _by_key(found, split), _columns(wanted)
     rows = next(f[7] for f in found if f[1] == split)
     title = "out of fold, by query" if split == "out_of_fold" else "split test, not seen by the fit"
-    lines = [f"{JOB}: {title}, {rows:,} judgements, 95 % intervals from a bootstrap by query"]
+    intervals = ", 95 % intervals from a bootstrap by query" if wanted.replicates else ""
+    lines = [f"{JOB}: {title}, {rows:,} judgements{intervals}"]
     lines.append(f"    {'cuts':<24}" + "".join(f"{c:<28}" for c in columns))
     for name in names:
         shown = {"score": "weighted score", "argmax": "likeliest label"}.get(name, f"CumPT {name}")

@@ -115,9 +115,10 @@ class Requirement:
 
     def __str__(self) -> str:
         better = NAMES[self.label] if self.label == 4 else f"{NAMES[self.label]} or better"
+        bound = np.format_float_positional(self.bound, trim="-")  # as it can be asked for again
         if self.of is not None:
-            return f"{NAMES[self.of]} shown as {better} at most {self.bound:g}"
-        return f"{self.kind} of {better} at least {self.bound:g}"
+            return f"{NAMES[self.of]} shown as {better} at most {bound}"
+        return f"{self.kind} of {better} at least {bound}"
 
     def measured(self, shown: Floats, gold: Floats) -> Floats:
         """The bounded figure where `shown` [..., 4] (by label) is what boundary `label` shows; NaN: nothing shown."""
@@ -142,6 +143,12 @@ class Requirement:
         if self.of is not None:
             return ~(found > self.bound + 1e-12)
         return np.asarray(found >= self.bound - 1e-12)
+
+    def relaxed(self, nearest: float) -> Requirement | None:
+        """The requirement as near as it can be met, where `nearest` is the best bound; None where nothing can."""
+        if math.isnan(nearest):
+            return None
+        return replace(self, bound=max(self.bound, nearest) if self.of is not None else min(self.bound, nearest))
 
     def best(self, bound: float) -> str:
         """The requirement beside the best bound that can be met, which is told so that it can be asked for."""
@@ -437,8 +444,11 @@ def fit(
 
     found = search(objective, tuple(requirements))
     if found is None and relax:
-        nearest = tuple(replace(r, bound=_nearest(pieces, r)) for r in requirements)
-        found = search(objective, nearest) or search(objective, ())
+        nearest = [r.relaxed(_nearest(pieces, r)) for r in requirements]
+        kept = [r for r in nearest if r is not None]
+        # What was asked for first is given up last.
+        tries = (search(objective, tuple(kept[:n])) for n in range(len(kept), -1, -1))
+        found = next((one for one in tries if one is not None), None)
     if found is None:
         best = "; ".join(r.best(_nearest(pieces, r)) for r in requirements)
         together = "" if len(requirements) == 1 and rule == "boundary" else " (they must hold together)"

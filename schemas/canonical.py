@@ -40,6 +40,7 @@ PRODUCT_FIELDS = ("product_id", "locale", *TEXTS)
 CHAIN_FIELDS = ("query", "product_id", "locale", "label", "chain")
 DELETE_FIELDS = ("product_id", "locale", "query")
 SPLITS = ("train", "dev", "test")
+LEAST_GOLD_WEIGHT = 0.001  # weights are summed in steps of a millionth; only their ratios count
 
 # C0 and DEL are refused in every text, but for tab, newline and carriage return, which ids may not hold either. C1
 # (U+0080..U+009F) is refused too, except inside long text: there it is what is left of a wrongly decoded quotation
@@ -355,8 +356,9 @@ def _weight(name: str, value: object, zero: bool) -> float | None:
         weight = float(value)
     except OverflowError:
         weight = math.inf
-    if not math.isfinite(weight) or weight < 0 or (weight == 0 and not zero):
-        raise _Refused(f"{name}: {_shown(value)} is not a finite number {'of at least' if zero else 'above'} 0")
+    least = 0 if zero else LEAST_GOLD_WEIGHT
+    if not math.isfinite(weight) or weight < least:
+        raise _Refused(f"{name}: {_shown(value)} is not a finite number of at least {least}")
     return weight
 
 

@@ -21,6 +21,8 @@ from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 from pyspark.sql import types as T
 
+from schemas.canonical import PAIR_FIELDS
+
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -75,6 +77,9 @@ def kind(name: str) -> str | None:
     return None if found == "parquet" and name.endswith(".gz") else found
 
 
+_PASSED_OVER = "Spark passes over files whose names begin with _ or .; rename it"
+
+
 def refuse_wrong_path(flag: str, where: str, names: Sequence[str] = ()) -> None:
     """Raises ValueError where a local input is missing, is no regular file, or lacks `names`; before Spark starts."""
     if not where.strip() or re.search(r"[\x00-\x1f\x7f-\x9f]", where):
@@ -87,6 +92,8 @@ def refuse_wrong_path(flag: str, where: str, names: Sequence[str] = ()) -> None:
             raise ValueError(f"{flag} {part}: there is no such file or folder")
     if names or os.path.isdir(path):
         return
+    if _hidden(os.path.basename(path)):
+        raise ValueError(f"{flag} {path}: {_PASSED_OVER}")
     if reason := _irregular(path, os.path.realpath(os.path.dirname(path) or ".")):
         raise ValueError(f"{flag} {path}: {reason}")
     if kind(path) is None:
@@ -105,6 +112,8 @@ def listing(spark: SparkSession, where: str) -> tuple[list[File], dict[str, str]
     skipped: list[str] = []
     for path, reason in found:
         name = path.rsplit("/", 1)[-1]
+        if _hidden(name):
+            raise ValueError(f"{path}: {_PASSED_OVER}")
         if reason is None and name.endswith(".parquet.gz"):
             reason = "Parquet is compressed inside; decompress the file first"
         if reason is None and kind(name) is None:
@@ -129,6 +138,12 @@ def _hidden(name: str) -> bool:
     return name.startswith(("_", "."))
 
 
+def _partitioned(folders: Sequence[str]) -> str | None:
+    """Why a file in a folder that says one of its fields, field=value, is refused: read by itself it lacks it."""
+    part = next((folder for folder in folders if folder.partition("=")[0] in PAIR_FIELDS and "=" in folder), None)
+    return part and f"lies in the partition folder {part}; write the value into its rows and take the file out of there"
+
+
 def _irregular(path: str, folder: str) -> str | None:
     """Why a local path is not to be opened, or None. `folder`: a resolved folder that links may not leave."""
     if os.path.islink(path) and os.path.commonpath([os.path.realpath(path), folder]) != folder:
@@ -151,13 +166,13 @@ def _local_listing(where: str) -> list[tuple[str, str | None]]:
     for folder, folders, names in os.walk(path, onerror=unreadable):
         if "_delta_log" in folders:
             raise ValueError(_delta_table(folder))
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        links = [name for name in folders if not _hidden(name) and os.path.islink(os.path.join(folder, name))]
         found += [(os.path.join(folder, name), "is a symbolic link to a folder") for name in links]
         folders[:] = sorted(name for name in folders if not _hidden(name))
         for name in sorted(name for name in names if not _hidden(name)):
             file = os.path.join(folder, name)
             reason = _irregular(file, os.path.realpath(path)) if os.path.exists(file) else "is a broken symbolic link"
-            found.append((file, reason))
+            found.append((file, reason or _partitioned(os.path.relpath(folder, path).split("/"))))
     return found
 
 
@@ -175,7 +190,7 @@ def _remote_listing(spark: SparkSession, where: str) -> list[tuple[str, str | No
             if "_delta_log" in below:
                 raise ValueError(_delta_table(where))
             if not any(_hidden(part) for part in below):
-                found.append((name, None))
+                found.append((name, _partitioned(below[:-1])))
     except Py4JJavaError as error:
         raise ValueError(f"{where} cannot be listed: {_message(error)}") from error
     return sorted(found)

@@ -137,7 +137,9 @@ def test_a_weight_is_finite_and_not_negative(value: object) -> None:
 def test_a_weight_may_be_zero_but_a_judgement_that_counts_nothing_may_not() -> None:
     assert accepted(weight=0).weight == 0.0
     assert accepted(weight=3).weight == 3.0
-    assert reason(gold_weight=0) == "gold_weight: 0 is not a finite number above 0"
+    assert reason(gold_weight=0) == "gold_weight: 0 is not a finite number of at least 0.001"
+    assert reason(gold_weight=4e-7).endswith("at least 0.001")
+    assert accepted(gold_weight=0.001).gold_weight == 0.001
     for value in ("3", True, [1]):
         assert reason(weight=value).startswith("wrong type: weight must be a number")
 

@@ -149,10 +149,12 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
     done = delta.read(spark, root, "runs").where("job = 'fit_thresholds' AND status = 'done'").collect()
     told_of = sorted(r["message"] for r in done)
     assert told_of[0] == (
-        "version 1: --rule boundary --by category --objective macro_f1 --require 'recall of Related or better at least "
-        "0.5' --raters fractions --min-gold 40 --folds 5 --replicates 100 --refits 10 --seed 0"
+        f"version 1: --model-id {MODEL} --prompt-id {PROMPT} --rule boundary --by category --objective macro_f1 "
+        "--require 'recall of Related or better at least 0.5' --raters fractions --min-gold 40 --folds 5 "
+        "--replicates 100 --refits 10 --seed 0"
     )
-    assert told_of[1].startswith("version 2: --rule one --objective accuracy --raters fractions --gold-source raters")
+    assert told_of[1].startswith(f"version 2: --model-id {MODEL} --prompt-id {PROMPT} --rule one --objective acc")
+    assert "--raters fractions --gold-source raters" in told_of[1]
 
 
 @pytest.mark.slow
@@ -206,6 +208,9 @@ def test_a_segment_with_too_few_judgements_takes_the_cut_of_all() -> None:
     here = all_rows.segments == "b"
     expected = tiers.cut(tiers.cumulative(all_rows.p[here]), cut.fits[""].taus)
     assert cut.tiers(all_rows)[here].tolist() == expected.tolist()
+    # One of which no row is among those that were drawn.
+    assert cutter("one_by_category", all_rows, wanted, ["a", "z"]).fits.keys() == {"", "a"}
+    assert job.spread(all_rows, replace(wanted, refits=2), ["a", "z"], 1.0).keys() == {"", "a"}
 
 
 def test_what_is_required_holds_for_all_segments_together_or_the_fit_fails_and_what_fell_back_is_named(
@@ -242,6 +247,18 @@ def test_the_comparison_shows_the_recall_that_was_asked_for() -> None:
     assert "one against argmax, recall_related_or_better: " in job._verdicts(wanted, names, found)
 
 
+def test_without_replicates_there_are_no_intervals_and_nothing_wins() -> None:
+    wanted, all_rows, names = replace(QUICK, replicates=0), rows(), ["one", "argmax"]
+    found = job._figures(wanted, names, "test", all_rows, out_of_fold(all_rows, wanted, names, []), [])
+    assert all(np.isnan([low, high]).all() for *_, low, high, _ in found)
+    assert not np.isnan([f[4] for f in found if f[3] == "accuracy"]).any()
+    assert "interval" not in (told := job._table(wanted, names, "test", found))
+    assert "nan" not in told
+    out = job._figures(wanted, names, "out_of_fold", all_rows, out_of_fold(all_rows, wanted, names, []), [])
+    assert "wins" not in (said := job._verdicts(wanted, names, out))
+    assert "cannot be told apart" in said
+
+
 def test_a_temperature_that_was_lost_is_found_again() -> None:
     random = np.random.default_rng(1)
     p = random.dirichlet([0.8] * 4, 20_000)
@@ -266,6 +283,9 @@ def test_requirements_and_objectives_are_read_from_sentences() -> None:
     assert requirement("recall of related at least 90%") == Requirement("recall", 3, 0.9)
     assert objective("recall:Related") == Objective("recall", label=3)
     assert objective("cost", "[[0,1,2,3],[1,0,1,2],[2,1,0,1],[3,2,1,0]]").costs is not None
+    for bound in (0.95, 1.0, 0.00002, 0.9999999):
+        asked = Requirement("shown", 3, bound, 1)
+        assert requirement(str(asked)) == asked
     for text in (
         "precision of Good at least 0.9",
         "Excellent shown as Related at most 2%",

@@ -427,6 +427,7 @@ def test_bombs_pipes_devices_and_links_out_of_the_folder_are_refused_and_the_goo
     (tmp_path / "other").mkdir()
     jsonl(tmp_path / "other" / "x.jsonl", pair(67))
     (folder / "folder").symlink_to(tmp_path / "other")
+    (folder / "..data").symlink_to(tmp_path / "other")  # as Kubernetes mounts a ConfigMap
     os.mkfifo(folder / "pipe.jsonl")
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     (folder / "bomb.jsonl.gz").write_bytes(
@@ -439,6 +440,8 @@ def test_bombs_pipes_devices_and_links_out_of_the_folder_are_refused_and_the_goo
     (folder / "notes.txt").write_text("not for us")
     jsonl(folder / ".hidden.jsonl", pair(68))
     jsonl(folder / "_temporary.jsonl", pair(69))
+    (folder / "2026" / "split=test").mkdir(parents=True)
+    jsonl(folder / "2026" / "split=test" / "part.jsonl", pair(70))
 
     assert take("--pairs", folder) == 0
     assert "1 files of another kind were passed over: notes.txt" in capsys.readouterr().out
@@ -452,6 +455,7 @@ def test_bombs_pipes_devices_and_links_out_of_the_folder_are_refused_and_the_goo
     assert why.pop("pipe.jsonl").startswith("is no regular file")
     assert why.pop("gone.jsonl") == "is a broken symbolic link"
     assert why.pop("folder") == "is a symbolic link to a folder"
+    assert why.pop("part.jsonl").startswith("lies in the partition folder split=test")
     assert why.pop("long.jsonl").endswith("of it were not read: it has a line of more than 33,554,432 bytes")
     assert set(why) == {"link.jsonl", "device.jsonl"}
     assert all(text.startswith("is a symbolic link out of its folder") for text in why.values())
@@ -470,6 +474,7 @@ def test_bombs_pipes_devices_and_links_out_of_the_folder_are_refused_and_the_goo
         (["--pairs", "/dev/zero"], "is no regular file"),
         (["--pairs", "{folder}/out.jsonl"], "is a symbolic link out of its folder"),
         (["--pairs", "{folder}/table.xlsx"], "must end in .jsonl"),
+        (["--delete", "{folder}/_gone.jsonl"], "begin with _ or .; rename it"),
         (["--pairs", "{folder}", "--format", "esci"], "shopping_queries_dataset_examples.parquet: there is no such"),
         (["--pairs", "{folder}", "--format", "wands"], "query.csv: there is no such"),
         (["--pairs", ""], "may not be empty"),
@@ -495,6 +500,7 @@ def test_a_wrong_flag_is_refused_before_spark_starts(
     jsonl(tmp_path / "outside.jsonl", pair(1))
     (folder / "out.jsonl").symlink_to(tmp_path / "outside.jsonl")
     (folder / "table.xlsx").write_text("")
+    jsonl(folder / "_gone.jsonl", pair(1))
     os.mkfifo(folder / "pipe.jsonl")
     monkeypatch.setattr(delta, "session", lambda *_: pytest.fail("Spark was started"))
     argv = ["--tables", str(tmp_path / "t"), *(a.format(there=there, folder=folder) for a in args)]
@@ -658,6 +664,7 @@ def test_a_second_ingest_is_refused_while_the_first_is_alive(
     assert take("--pairs", jsonl(tmp_path / "in.jsonl", pair(1))) == 0
 
 
+@pytest.mark.slow
 def test_an_input_of_which_nothing_was_read_is_no_success(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -721,6 +728,7 @@ def esci_product(product_id: str, title: str | None, **fields: str) -> dict[str,
     return {"product_id": product_id, "product_title": title, "product_locale": "us", **texts}
 
 
+@pytest.mark.slow
 def test_esci_is_read_as_published_with_the_papers_order_of_labels(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path
 ) -> None:

@@ -102,6 +102,25 @@ def test_the_fit_is_as_good_as_trying_every_cut(
                 assert reached(objective, elsewhere) == pytest.approx(best, abs=1e-9, rel=1e-9)
 
 
+def test_of_requirements_that_cannot_hold_together_the_last_ones_are_given_up() -> None:
+    p, weights = rows_of(5, n=60, values=5)
+    cuts = Values(tiers.cumulative(p)).cuts(weights)
+    first, last = Requirement("recall", 3, 0.9), Requirement("shown", 3, 0.1, 1)
+    alone = fit(cuts, "boundary", Objective(), (first,))
+    fit(cuts, "boundary", Objective(), (last,))  # it can be had alone too
+    with pytest.raises(Impossible, match="they must hold together"):
+        fit(cuts, "boundary", Objective(), (first, last))
+    relaxed = fit(cuts, "boundary", Objective(), (first, last), relax=True)
+    assert relaxed.taus == alone.taus
+    assert alone.taus != fit(cuts, "boundary", Objective()).taus
+    # What cannot be had at all is had as nearly as can be.
+    asked = Requirement("precision", 4, 1.0)
+    nearest = thresholds._nearest(cuts, asked)
+    assert nearest < 1
+    nearly = fit(cuts, "boundary", Objective(), (asked,), relax=True)
+    assert asked.of_confusion(nearly.confusion) == pytest.approx(nearest)
+
+
 class Parts:
     """The same cuts in several pieces, as Spark's partitions hold them."""
 
