@@ -131,8 +131,9 @@ def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: s
     scores = delta.read(spark, root, "label_probs").where(mine & (F.col("outcome") == "scored"))
     samples = delta.read(spark, root, "samples").where(mine & (F.col("split") == split) & (F.col("temperature") == 1))
     # Other runs may have drawn another number of answers.
-    drawn = samples.groupBy("run_id").agg((F.max("sample") + 1).alias("n")).where(F.col("n") == N)
-    samples = samples.where(F.col("run_id") == drawn.agg(F.max("run_id")).collect()[0][0])
+    drawn = samples.groupBy("run_id").agg((F.max("sample") + 1).alias("n"), F.count_distinct("pair_id").alias("pairs"))
+    fullest = drawn.where(F.col("n") == N).orderBy(F.desc("pairs"), F.desc("run_id")).head()
+    samples = samples.where(F.col("run_id") == F.lit(fullest["run_id"] if fullest else None))
     agrees = samples.groupBy("pair_id").agg(F.avg(F.col("agrees").cast("int")).alias("agrees"))
     passes = pass_at_k(spark, samples)
     passes = passes.withColumn("way", F.concat("what", F.lit(" "), "k"))

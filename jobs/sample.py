@@ -104,7 +104,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say how answers are drawn."""
     parser.add_argument("--n", type=int, default=8, help="samples of each pair (default 8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="default 1: the model's own probabilities")
-    parser.add_argument("--top-p", type=float, default=1.0, help="below 1 the sampler sorts the vocabulary: half speed")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, its end included (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other answers")
     parser.add_argument(
@@ -120,7 +119,7 @@ def drawing(args: argparse.Namespace, folder: str, stage: str) -> tuple[Scoring,
 
 def sampling(args: argparse.Namespace, what: Scoring) -> tuple[Form, Sampling]:
     """The answers' form and how they are drawn. Raises ValueError with a sentence."""
-    asked = Sampling(args.max_tokens, (), args.n, args.temperature, args.top_p, args.seed)
+    asked = Sampling(args.max_tokens, (), args.n, args.temperature, args.seed)
     refuse_wrong_draw(asked, what)
     made = form(what.model, what.prompt, order(args.order, what.model.path))
     return made, dataclasses.replace(asked, end_ids=made.end_ids)
@@ -144,8 +143,6 @@ def refuse_wrong_draw(asked: Sampling, what: Scoring) -> None:
         raise ValueError(
             f"--temperature 0 gives the same answer --n {asked.n} times; add --n 1, or a temperature above 0"
         )
-    if not 0 < asked.top_p <= 1:
-        raise ValueError(f"--top-p {asked.top_p}: allowed is above 0 and at most 1")
     if not 2 <= asked.max_tokens < what.settings.max_model_len:
         raise ValueError(
             f"--max-tokens {asked.max_tokens}: an answer has at least 2 (label and end), prompt and answer together at "

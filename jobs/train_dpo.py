@@ -56,13 +56,10 @@ def main(argv: list[str]) -> int:
             "chosen": lesson.form.target(row["label"], row["chosen_chain"]),
             "rejected": lesson.form.target(row["rejected_label"], row["rejected_chain"]),
         }
-        for row in rows.orderBy("ids", "chosen_sample", "rejected_sample").toArrow().to_pylist()
+        for row in rows.orderBy("ids", "pair_id", "chosen_sample", "rejected_sample").toArrow().to_pylist()
     ]
     if not data:
-        raise ValueError(
-            "no train pair was answered both rightly and wrongly, so there is nothing to prefer; sample more answers "
-            f"(sample --tables {args.tables} --model {args.model} --n 16), or go on with train_grpo"
-        )
+        raise ValueError(why_none(answers, args))
     train_sft.train(spark, args, lesson, how, data)
     return 0
 
@@ -104,12 +101,27 @@ def preferences(answers: DataFrame, per_pair: int, seed: int) -> DataFrame:
     # The first right with the first wrong, the second with the second; what one side lacks does not repeat the other.
     matched = right.join(wrong, [*told, "place"], how="inner").where(F.col("place") <= per_pair)
     order = Window.partitionBy("gold").orderBy(F.xxhash64("pair_id", F.lit(seed)), "place")
-    share = matched.agg(F.ceil(F.count("*") / F.count_distinct("gold")).alias("share"))
+    share = matched.agg(F.ceil(F.try_divide(F.count("*"), F.count_distinct("gold"))).alias("share"))
     balanced = matched.withColumn("rank", F.row_number().over(order)).crossJoin(share).where("rank <= share")
     return (
         balanced.withColumn("label", F.col("gold"))
         .withColumn("created_at", F.current_timestamp())
         .select(*PREFERENCES.names)
+    )
+
+
+def why_none(answers: DataFrame, args: argparse.Namespace) -> str:
+    """Why there are no preferences, and what to do."""
+    readable = answers.where("finished AND label IS NOT NULL").groupBy("pair_id")
+    by_pair = readable.agg(F.bool_or("correct").alias("right"), F.bool_and("correct").alias("always"))
+    if by_pair.where("right AND NOT always").isEmpty():
+        return (
+            "no train pair was answered both rightly and wrongly, so there is nothing to prefer; sample more answers "
+            f"(sample --tables {args.tables} --model {args.model} --n 16), or go on with train_grpo"
+        )
+    return (
+        "pairs were answered both rightly and wrongly, but no right answer to them has a chain that concludes its "
+        "label (a model that was taught --labels-only writes none); teach it chains, or go on with train_grpo"
     )
 
 

@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
         chains = (
             pairs.join(taught, ["pair_id", "label", "content_hash"], how="inner")
             .groupBy("pair_id", "label")
-            .agg(F.min_by("chain", "teacher").alias("chain"))
+            .agg(F.max_by("chain", F.struct("created_at", "teacher")).alias("chain"))  # of several teachers the last
         )
     pairs = limited(pairs.join(chains, "pair_id", how="left_semi"), args)
     rows = rendered(pairs, lesson.prompt).join(chains, "pair_id", how="inner").orderBy("ids", "pair_id")

@@ -41,7 +41,7 @@ from udfs.teacher import TeacherPrompt
 
 JOB = "write_chains"
 FILE = "file"  # the teacher's name where chains come from a file
-POOL = 100_000  # judged pairs that neighbours are looked for among; TF-IDF of so many takes a minute and 1 GB
+POOL = 100_000  # judged pairs that neighbours are looked for among: all are compared, on the driver
 
 
 def main(argv: list[str]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,14 @@ def test_the_merged_folder_computes_what_base_and_adapter_compute(base: Path, tm
     from transformers import AutoModelForCausalLM
 
     made = adapted(base, tmp_path / "adapter")
-    whole = adapter.merge(str(tmp_path / "adapter"), str(base), str(tmp_path / "merged"))
+    trained = Path(
+        shutil.copytree(base, tmp_path / "trained")
+    )  # whole weights that a training left, with its own files
+    (trained / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    for name in ("checkpoints/checkpoint-1/optimizer.pt", "data.parquet", "log.jsonl", adapter.PLAN):
+        (trained / name).touch()
+    whole = adapter.merge(str(tmp_path / "adapter"), str(trained), str(tmp_path / "merged"))
+    assert not {"checkpoints", "data.parquet", "log.jsonl", adapter.PLAN} & set(os.listdir(whole))
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         assert torch.allclose(AutoModelForCausalLM.from_pretrained(whole)(ids).logits, made(ids).logits, atol=1e-4)

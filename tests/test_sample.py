@@ -253,7 +253,6 @@ def test_pass_at_k_is_exact_for_a_thousand_samples() -> None:
         (["--n", "0"], "--n 0: 1 to 1000 samples"),
         (["--temperature", "0"], "--temperature 0 gives the same answer --n 8 times"),
         (["--temperature", "nan"], "--temperature nan: allowed is 0 to 10"),
-        (["--top-p", "0"], "--top-p 0.0: allowed is above 0"),
         (["--max-tokens", "512"], "--max-tokens 512: an answer has at least 2"),
         (["--seed", "-1"], "--seed -1: allowed is 0 to"),
     ],

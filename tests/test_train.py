@@ -77,6 +77,24 @@ def p_gold(folder: Path, answers: Form, adapter: Path | None = None) -> float:
     return float(pass_rates(train.policy(how), rows, 512).mean())
 
 
+def test_pass_rates_that_are_read_in_shares_are_those_of_one_process(base: Path, answers: Form) -> None:
+    policy = train.policy(settings(base, base, full=True))
+    rows = [Row(tuple(root_of(n, label)), QUERY, (answers.label_ids[0],)) for n in range(5) for label in LABELS]
+    whole = pass_rates(policy, rows, 64)
+    for processes in (2, 50):  # of 50 most have nothing to read
+        parts = [pass_rates(policy, rows, 64, slice(n, None, processes)) for n in range(processes)]
+        assert sum(parts) == pytest.approx(whole, abs=1e-6)
+    assert whole.min() > 0
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    how = settings(tmp_path, tmp_path)
+    whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    (tmp_path / train.LOG).write_text(whole + '{"step": 3, "loss": 0.5}\n{"step": 3, "lo')
+    train._cut_log(how, 2)
+    assert (tmp_path / train.LOG).read_text() == whole
+
+
 def log(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / train.LOG).read_text().splitlines()]
 
@@ -396,21 +414,25 @@ def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
         assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "difficulty.npy"])
+@pytest.mark.parametrize("name", ["trainer_state.json", "difficulty.npy", "rng_state_1.pth"])
 def test_the_newest_checkpoint_that_was_written_to_its_end_is_gone_on_from(tmp_path: Path, name: str) -> None:
     how = settings(tmp_path, tmp_path, "grpo")
-    assert train._last_checkpoint(how) is None
+    assert train._last_checkpoint(how, 2) is None
     for step in (9, 10):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text('{"global_step": 1}')
         np.save(folder / "difficulty.npy", np.ones(3))
-    assert train._last_checkpoint(how) == str(folder)
+        for process in range(2):
+            (folder / f"rng_state_{process}.pth").touch()
+    assert train._last_checkpoint(how, 2) == str(folder)
     for content in ((folder / name).read_bytes()[:9], b""):
         (folder / name).write_bytes(content)
-        assert train._last_checkpoint(how) == str(folder.with_name("checkpoint-9"))
+        if name.endswith("pth"):
+            continue  # that it is there is all that is asked
+        assert train._last_checkpoint(how, 2) == str(folder.with_name("checkpoint-9"))
     (folder / name).unlink()
-    assert train._last_checkpoint(how) == str(folder.with_name("checkpoint-9"))
+    assert train._last_checkpoint(how, 2) == str(folder.with_name("checkpoint-9"))
 
 
 def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Form, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from jobs import train_dpo, train_sft
 from jobs.train_dpo import preferences
@@ -109,6 +110,18 @@ def test_pairs_that_were_never_right_are_counted_and_listed(
     drawn.createOrReplaceTempView("samples")
     assert [row[0] for row in spark.sql(said[3].partition("list them: ")[2]).collect()] == [never]
     spark.catalog.dropTempView("samples")
+
+
+def test_without_preferences_it_is_told_whether_more_answers_would_help(spark: SparkSession) -> None:
+    asked = Namespace(tables="T", model="M")
+    never = answers(spark, {"a": (4, [(3, "no", True)]), "b": (4, [(4, "yes", True)])})
+    assert "sample more answers (sample --tables T --model M --n 16)" in train_dpo.why_none(never, asked)
+    cut_off = answers(spark, {"a": (4, [(3, "no", True), (4, "yes", True)])})
+    cut_off = cut_off.withColumn("finished", F.col("label") == 4)
+    assert "sample more answers" in train_dpo.why_none(cut_off, asked)
+    without_chains = answers(spark, {"a": (4, [(3, "", False), (4, "", False)])})
+    assert not preferences(without_chains, 1, 0).count()
+    assert "has a chain that concludes its label" in train_dpo.why_none(without_chains, asked)
 
 
 @pytest.mark.parametrize("column", ["label", "rejected_label"])

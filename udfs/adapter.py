@@ -20,10 +20,9 @@ WEIGHTS = "adapter_model.safetensors"
 RECIPE = "training.json"  # how a trained folder was made; beside an adapter, and in what is merged from it
 MERGED = "merged"
 STAMP = "merged.json"  # which adapter and base a merged folder was made of
-# A folder of whole weights is copied but for these, which are its weights or tell of them.
-WEIGHT_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "manifest.json", "prompt.json", "canaries.json", RECIPE, STAMP,
-)  # fmt: skip
+PLAN = "plan.json"  # of a training: settings and rows that the checkpoints in its folder belong to
+_BESIDE = (".json", ".jinja", ".model", ".txt")
+_OWN = ("manifest.json", "prompt.json", "canaries.json", RECIPE, STAMP, PLAN)  # tell of the folder's own weights
 
 
 def is_adapter(folder: str) -> bool:
@@ -78,8 +77,7 @@ def merge(adapter: str, base: str, target: str) -> str:
                 f"adapter {adapter} was trained on a base with weights {made['base'][:12]}…, but {base} has "
                 f"{found[:12]}…; name the right base in {RECIPE}"
             )
-        ignored = shutil.ignore_patterns(*WEIGHT_FILES)
-        shutil.copytree(base, partial, ignore=ignored, dirs_exist_ok=True)
+        copy_beside(base, partial)
         _merge_weights(Path(adapter), Path(base), partial)
         wanted = recipe(adapter).get("merged_hash")
         if wanted and (got := weights_hash(str(partial))) != wanted:
@@ -94,6 +92,14 @@ def merge(adapter: str, base: str, target: str) -> str:
 
     with made_once(Path(target), make, lambda: stamp.is_file() and json.loads(stamp.read_text()) == made):
         return target
+
+
+def copy_beside(base: str, target: Path) -> None:
+    """Copies what stands beside a model's weights (configuration, tokenizer), but for names that `target` has."""
+    for file in Path(base).iterdir():
+        told = file.suffix in _BESIDE and file.name not in _OWN and not file.name.endswith(".safetensors.index.json")
+        if told and file.is_file() and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
 
 
 def _hash(content: bytes) -> str:

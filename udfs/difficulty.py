@@ -53,16 +53,17 @@ class Difficulty:
         self.rates = np.load(Path(folder) / STATE, allow_pickle=False)
 
 
-def pass_rates(model: Any, rows: Sequence[Row], tokens: int) -> np.ndarray:
+def pass_rates(model: Any, rows: Sequence[Row], tokens: int, share: slice = slice(None)) -> np.ndarray:
     """p(gold) of each pair under the model: the probability of the row's answer, one label token, after its prompt.
 
-    One prefill of all prompts, each product once. `tokens`: of one forward pass.
+    One prefill of all prompts, each product once. `tokens`: of one forward pass. `share`: of the products, those that
+    this process reads; pairs of the others get 0.
     """
     import torch
 
     device = next(model.parameters()).device
     place = {id(row): number for number, row in enumerate(rows)}
-    trees = list(grouped(rows, tokens))
+    trees = list(grouped(rows, tokens))[share]
     rates = np.zeros(len(rows))
     training = model.training
     model.eval()

@@ -143,13 +143,16 @@ def neighbours(
         return [[] for _ in asked]
     words = r"(?u)\w+"
     vectors = TfidfVectorizer(ngram_range=(1, 2), token_pattern=words, sublinear_tf=True).fit_transform(texts)
+    columns = vectors[:among].T.tocsr()
     _, group = np.unique(np.array(queries, dtype=object), return_inverse=True)
     found: list[list[int]] = []
     for begin in range(0, len(asked), 256):
         some = np.array(asked[begin : begin + 256])
-        likeness = (vectors[some] @ vectors[:among].T).toarray()
+        likeness = (vectors[some] @ columns).toarray()
         likeness[group[some][:, None] == group[None, :among]] = -1.0
-        # Of equals the first: a stable sort, so that the same tables give the same neighbours.
-        order = np.argsort(-likeness, axis=1, kind="stable")[:, :count]
-        found += [[int(j) for j in row if likeness[i, j] >= 0] for i, row in enumerate(order)]
+        least = np.partition(likeness, max(0, among - count), axis=1)[:, max(0, among - count)].clip(min=0.0)
+        for row, low in zip(likeness, least, strict=True):
+            near = np.flatnonzero(row >= low)
+            # Of equals the first: a stable sort, so that the same tables give the same neighbours.
+            found.append(near[np.argsort(-row[near], kind="stable")][:count].tolist())
     return found

@@ -12,10 +12,10 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,6 @@ DATA = "data.parquet"  # in the out folder: the rows of the stage
 LOG = "log.jsonl"  # one line a logged step
 TOLD_SECONDS = 20.0  # between two lines that people read
 CHOSEN_NLL = 0.2  # weight of the chosen answers' own likelihood in DPO's loss
-PLAN = "plan.json"  # settings and rows that the checkpoints belong to
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], processes: int
             }
         )
     )
-    file = Path(settings.out) / PLAN
+    file = Path(settings.out) / adapter.PLAN
     if file.is_file() and (was := json.loads(file.read_text(encoding="utf-8"))) != plan:
         keys = {**was["settings"], **plan["settings"]}
         other = [key for key in keys if was["settings"].get(key) != plan["settings"].get(key)]
@@ -115,7 +114,9 @@ def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], processes: int
             f"--out {settings.out} holds a training that differs in {', '.join(other)}; name another folder"
         )
     pq.write_table(pa.Table.from_pylist(list(rows)), f"{settings.out}/{DATA}")
-    file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+    partial.rename(file)
     return data_hash
 
 
@@ -170,10 +171,7 @@ def leave(settings: TrainSettings, base_name: str) -> None:
         told = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:
-        files = {file.name for file in Path(settings.base).glob("*") if file.suffix in (".json", ".jinja")}
-        for name in files - shutil.ignore_patterns(*adapter.WEIGHT_FILES)(settings.base, sorted(files)):
-            if not (out / name).exists():
-                shutil.copyfile(Path(settings.base) / name, out / name)
+        adapter.copy_beside(settings.base, out)
 
 
 def draw(out: str) -> str:
@@ -370,8 +368,13 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
     generated = 0  # tokens of answers, of all processes
 
     def refresh(model: Any) -> None:
+        """Each process reads its share of the pairs."""
+        processes = trainer.accelerator
+        share = slice(processes.process_index, None, processes.num_processes)
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            difficulty.rates = pass_rates(model, rows, settings.batch_tokens)
+            found = pass_rates(model, rows, settings.batch_tokens, share)
+        told = processes.reduce(torch.tensor(found, dtype=torch.float32, device=model.device), "sum")
+        difficulty.rates = told.double().cpu().numpy()
 
     class Refresh(TrainerCallback):
         """Keeps the pass rates those of the policy, in checkpoints too; ends at the bound of generated tokens."""
@@ -418,6 +421,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
         trainer._log_metric("generated_tokens", float(generated))
         if is_read_off:
             trainer._log_metric("groups_without_spread", groups.without_spread / groups.drawn)
+        if is_read_off and not settings.uniform:
             trainer._log_metric("p_gold_drawn", float(difficulty.rates[[n for n, _ in groups.answers]].mean()))
         return output
 
@@ -463,7 +467,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
         callbacks=[_log(settings), Refresh()],
         rollout_func=rollout,
     )
-    if last := _last_checkpoint(settings):
+    if last := _last_checkpoint(settings, trainer.accelerator.num_processes):
         difficulty.load(last)
     return _run(trainer, settings)
 
@@ -569,28 +573,29 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def _last_checkpoint(settings: TrainSettings) -> str | None:
+def _last_checkpoint(settings: TrainSettings, processes: int) -> str | None:
     """The newest checkpoint that was written to its end: a kill may have come in the middle of one."""
     found = Path(settings.out, "checkpoints").glob("checkpoint-*")
     newest_first = sorted(found, key=lambda folder: _step(str(folder)), reverse=True)
-    return next((str(folder) for folder in newest_first if _is_whole(folder, settings.stage)), None)
+    return next((str(folder) for folder in newest_first if _is_whole(folder, settings.stage, processes)), None)
 
 
 def _step(checkpoint: str) -> int:
     return int(checkpoint.rsplit("-", 1)[1])
 
 
-def _is_whole(checkpoint: Path, stage: str) -> bool:
-    """Whether what is written last is there and can be read: the trainer's state, and after it GRPO's pass rates."""
+def _is_whole(checkpoint: Path, stage: str, processes: int) -> bool:
+    """Whether what is written last is there and can be read: the random state of each process, the trainer's state,
+    and after it GRPO's pass rates."""
     import numpy as np
 
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if stage == "grpo":
             np.load(checkpoint / STATE, allow_pickle=False)
+        return len(list(checkpoint.glob("rng_state*.pth"))) == processes
     except (OSError, EOFError, ValueError):
         return False
-    return True
 
 
 def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
@@ -600,7 +605,7 @@ def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
     trainer.remove_callback(PrinterCallback)
     if not settings.full:
         _load_policy_too(trainer)
-    last = _last_checkpoint(settings)
+    last = _last_checkpoint(settings, trainer.accelerator.num_processes)
     if trainer.is_world_process_zero():
         if last:
             print(f"train_{settings.stage}: goes on from {os.path.basename(last)}", flush=True)
@@ -647,5 +652,8 @@ def _cut_log(settings: TrainSettings, step: int) -> None:
     """Takes out what was logged after the checkpoint (0: there is none): those steps are taken once more."""
     log = Path(settings.out) / LOG
     if log.exists():
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        lines = []
+        for line in log.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # of a line that a kill or a full disk cut off
+                lines += [line] if json.loads(line)["step"] <= step else []
         log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
