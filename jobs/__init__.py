@@ -119,6 +119,8 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
             f"{folder} has no prompt.json and --prompt was not given; write one (demo/prompt.json is a template for "
             "ChatML models) and pass it with --prompt FILE"
         )
+    if model.quantised_head and args.head == "float32":
+        raise ValueError(f"{folder} has a quantised head, which the engine cannot run in float32; add --head model")
     files = manifest(model.path)
     if inspect(folder).model_id != model.model_id:  # or the rows of what came meanwhile would bear the old one's id
         raise ValueError(f"{folder} changed while it was looked at; start again when it is whole")

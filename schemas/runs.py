@@ -12,11 +12,12 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import reduce
 from operator import and_
+from pathlib import Path
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
@@ -302,12 +303,12 @@ class Lease:
 
 
 def _here() -> dict[str, str | None]:
-    """The host, and its numbering of processes: two containers of one host name may have the same pids."""
-    try:
+    """The machine since it was started, and its numbering of processes: names of hosts and pids are not unique."""
+    pids = boot = None
+    with suppress(OSError):
         pids = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        pids = None
-    return {"host": socket.gethostname(), "pids": pids}
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return {"host": socket.gethostname(), "boot": boot, "pids": pids}
 
 
 def _born(pid: int) -> str | None:

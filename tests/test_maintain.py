@@ -38,6 +38,7 @@ def test_small_files_are_joined_and_no_row_changes(spark: SparkSession, root: st
     assert (run["status"], run["counts"]) == ("done", {"joined_files": 4, "removed_files": 0})
 
 
+@pytest.mark.slow
 def test_a_model_is_dropped_only_with_yes_and_never_while_in_force(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

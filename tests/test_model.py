@@ -265,6 +265,24 @@ def test_links_within_the_folder_are_let_through_and_endless_ones_do_no_harm(fol
     assert inspect(str(folder)).vocab_size == 10
 
 
+@pytest.mark.parametrize(
+    ("name", "quantised"),
+    [("lm_head.weight", False), ("lm_head.qweight", True), ("language_model.lm_head.weight_scale", True)],
+)
+def test_a_head_that_is_quantised_is_seen(folder: Path, name: str, quantised: bool) -> None:
+    save_file({name: np.ones(2)}, folder / "more.safetensors")
+    assert inspect(str(folder)).quantised_head is quantised
+
+
+@pytest.mark.parametrize("key", ["AKIA:hunter2", "AKIA:a/hunter2+b", ":hunter2"])
+def test_a_uri_with_a_key_in_it_is_refused_without_being_repeated(key: str) -> None:
+    with pytest.raises(ValueError, match="must not hold a password or key") as refused:
+        inspect(f"s3://{key}@bucket/model")
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(ValueError, match="cannot be listed"):
+        inspect("nothing://host:8020/a@b")
+
+
 @pytest.mark.parametrize("method", [None, *QUANTIZATIONS])
 def test_quantised_models_are_let_through_where_the_engine_knows_the_method(folder: Path, method: str | None) -> None:
     changed(folder / "config.json", quantization_config=method and {"quant_method": method})

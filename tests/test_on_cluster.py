@@ -9,6 +9,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs import check
+from partitioner import engines
 from schemas.labels import P_COLUMNS
 from tests.cluster import cluster
 from tests.commands import submit, table
@@ -35,6 +36,8 @@ CONF = (
 def test_each_executor_scores_its_own_shard_with_one_engine(
     spark: SparkSession, root: str, tmp_path: Path, gpu: bool
 ) -> None:
+    if not gpu and not engines.on_cpu():
+        pytest.skip("the engine that is installed is the build for GPUs")
     model = tiny_model(tmp_path / "model")
     text = "boils water for {} cups of tea in three minutes. "
     put(spark, root, [(f"k{i}", f"Steel kettle no. {i}", {}, text.format(i) * 6) for i in range(40)], QUERIES)

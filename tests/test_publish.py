@@ -126,6 +126,7 @@ def test_ids_hold_no_white_space_and_come_back() -> None:
         assert unquote(document_id(text)) == text
 
 
+@pytest.mark.slow
 def test_quepid_gets_its_csv_and_no_formula(spark: SparkSession, root: str, tmp_path: Path) -> None:
     tables(spark, root)
     bad = '=HYPERLINK("http://x","y")'

@@ -11,11 +11,14 @@ import time
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from safetensors.numpy import save_file
 
 import jobs
 from jobs import main as dispatcher
@@ -58,7 +61,11 @@ def test_every_pair_gets_the_probabilities_of_its_own_prompt(spark: SparkSession
 
 
 @pytest.mark.slow
-def test_a_second_run_scores_only_the_pairs_of_a_changed_product(spark: SparkSession, root: str) -> None:
+@pytest.mark.parametrize("few", [0, 500])
+def test_a_second_run_scores_only_the_pairs_of_a_changed_product(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(night, "FEW", few)
     put(spark, root, PRODUCTS)
     rescore(spark, root, scoring())
     before = {r["pair_id"]: r["wave_id"] for r in probs(spark, root).collect()}
@@ -137,6 +144,22 @@ def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_w
     assert jobs.scoring_beside(args, str(folder), "external", named).prompt.prompt_id == named
     (folder / "prompt.json").unlink()
     assert jobs.scoring_beside(args, str(folder), "external").prompt.prompt_id == named
+    save_file({"lm_head.qweight": np.ones(2)}, folder / "more.safetensors")
+    with pytest.raises(ValueError, match="has a quantised head.*add --head model"):
+        jobs.scoring(args, str(folder), "external")
+    args.head = "model"
+    assert jobs.scoring(args, str(folder), "external").model.quantised_head
+
+
+def test_waves_grow_where_commits_are_slow_but_not_without_end(spark: SparkSession, root: str) -> None:
+    slow = Night(spark, root, scoring(), runs.start(spark, root, "rescore"))
+    slow._rate, ends = 1000.0, []
+    line: Any = SimpleNamespace(length=10**9, shards=lambda *_: None)
+    asker: Any = SimpleNamespace(submit=lambda *_: None)
+    for seconds in (0.0, 40.0, 90.0, 9000.0):
+        slow._committed = seconds
+        ends.append(slow._put(line, 0, "w", asker).end)
+    assert ends == [60_000, 60_000, 120_000, 300_000]
 
 
 @pytest.mark.parametrize(

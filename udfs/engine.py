@@ -3,8 +3,9 @@
 This is the only file that imports vllm. The engine runs inside the Spark worker's own process, not in a child: when the
 worker dies the engine is gone with it, and when the engine dies so does the worker, so a task that Spark tries again
 always meets a fresh one. (vLLM's usual child process outlives a killed parent and keeps its memory; and a killed child
-leaves the caller waiting for ever.) Against a hang, `Watchdog` ends the process from a thread of C code that needs
-neither Python's lock nor a living engine.
+leaves the caller waiting for ever.) Only an engine over several GPUs has children, one a GPU; udfs/leash.py ends them
+with the worker. Against a hang, `Watchdog` ends the process from a thread of C code that needs neither Python's lock
+nor a living engine.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ BROKEN_ENGINE_EXIT = 70
 STEP_ON_CPU = (128, 2048)
 STEP_ON_GPU = (512, 8192)
 THREADS = "TAOSR1_THREADS"  # of an engine on CPUs, in its worker's environment
-LOADING_SECONDS = 900  # a large model may take minutes to load and to compile its first step: till then nothing hangs
+# A large model may take minutes to load and to compile its first step: till then nothing hangs. A share may be slow.
+LOADING_SECONDS = 900
+BYTES_PER_SECOND = 50e6
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,6 @@ class Sampling:
     end_ids: tuple[int, ...]
     n: int = 1
     temperature: float = 1.0
-    top_p: float = 1.0
     seed: int = 0
 
     def seed_of(self, prompt: Sequence[int]) -> int:
@@ -176,6 +178,10 @@ class VllmEngine:
         os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_gib
+        loading = LOADING_SECONDS + sum(size for _, size, _ in settings.manifest) / BYTES_PER_SECOND
+        self._hang_seconds = max(settings.hang_seconds, loading)
+        # Of a step on several GPUs, the first ones too; the watchdog is stricter afterwards.
+        os.environ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(int(self._hang_seconds))
         import vllm
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
@@ -187,7 +193,6 @@ class VllmEngine:
         settings = within_memory(settings, on_cpu)
         arguments = EngineArgs(model=folder, **vllm_arguments(settings, on_cpu))
         self.settings = settings
-        self._hang_seconds = max(settings.hang_seconds, LOADING_SECONDS)
         with Watchdog(self._hang_seconds), _broken_engine_ends_the_process(by_memory_alone=True):
             self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         self.id = uuid.uuid4().hex
@@ -240,7 +245,6 @@ class VllmEngine:
                 n=sampling.n,
                 max_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
-                top_p=sampling.top_p,
                 seed=sampling.seed_of(prompt) if sampling.temperature else None,
                 stop_token_ids=list(sampling.end_ids),
                 ignore_eos=True,  # what ends an answer is said above, not by the engine's own reading of the folder
@@ -300,7 +304,8 @@ class VllmEngine:
 
     def forget(self) -> None:
         """Empties the prefix cache, so that the next answers are computed from nothing."""
-        self._engine.reset_prefix_cache()
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("the engine did not empty its prefix cache: it still holds blocks of a prompt")
 
 
 def take_cores(threads: int) -> None:
@@ -355,17 +360,26 @@ def vllm_arguments(settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
         "trust_remote_code": False,
         "load_format": "safetensors",  # "auto" would fall back to pickle files
         "dtype": settings.dtype,
-        "hf_overrides": {"head_dtype": "float32"} if settings.fp32_head else {},
+        "hf_overrides": with_fp32_head if settings.fp32_head else {},
+        "language_model_only": True,  # of a model that also takes images, the decoder alone
         "max_model_len": settings.max_model_len,
         "block_size": settings.block_size,
         "enable_prefix_caching": True,
         "max_num_seqs": seqs,
         "max_num_batched_tokens": budget,
         "tensor_parallel_size": settings.tensor_parallel,
+        "worker_extension_cls": "udfs.leash.Leash" if settings.tensor_parallel > 1 else "",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         **device,
     }
+
+
+def with_fp32_head(config: Any) -> Any:
+    """A model's configuration with its head in float32; a model that also takes images keeps its decoder's inside."""
+    for part in (config, config.get_text_config()):
+        part.head_dtype = "float32"
+    return config
 
 
 class _broken_engine_ends_the_process:
@@ -452,7 +466,8 @@ def load(settings: EngineSettings) -> Engine:
 def claim_gpus() -> None:
     """Shows this process only the GPUs that Spark gave to its task.
 
-    Spark does not set CUDA_VISIBLE_DEVICES by itself. Must run before vllm or torch is imported.
+    Spark does not set CUDA_VISIBLE_DEVICES by itself, and numbers GPUs as nvidia-smi does, by their place on the bus;
+    CUDA would have the fastest first. Must run before vllm or torch is imported.
     """
     from pyspark import TaskContext
 
@@ -461,4 +476,5 @@ def claim_gpus() -> None:
     addresses = list(gpus.addresses) if gpus else []
     if addresses:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(addresses)
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         print(f"engine: CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}", file=sys.stderr, flush=True)

@@ -31,6 +31,7 @@ QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "gptq", "modelopt", "modelo
 _ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+_QUANTISED_HEAD = re.compile(r"(^|\.)lm_head\.(?!(weight|bias)$)")  # scales, or weights under another name
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 # What the saving program writes about itself: it changes no answer.
 _VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version")
@@ -49,7 +50,7 @@ class Model:
     path: on this machine. source: what others are told to load, the URI where `path` is this node's copy. model_id: 16
     hex digits over weights, config and tokenizer. vocab_size: token ids that have an embedding. max_positions: longest
     prompt and answer in tokens. tokenizer_json: the text of tokenizer.json. prompt_file, canaries_file: paths of
-    prompt.json and canaries.json, None where the folder has none.
+    prompt.json and canaries.json, None where the folder has none. quantised_head: whether its logits are.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Model:
     prompt_file: str | None
     canaries_file: str | None
     source: str
+    quantised_head: bool = False
 
 
 def inspect(where: str, whole: bool = False) -> Model:
@@ -112,6 +114,7 @@ def inspect(where: str, whole: bool = False) -> Model:
         prompt_file=_optional(path / "prompt.json"),
         canaries_file=_optional(path / "canaries.json"),
         source=where if is_uri(where) else str(path),
+        quantised_head=any(_QUANTISED_HEAD.search(name) for name in shapes),
     )
 
 
@@ -197,6 +200,8 @@ def fetched(where: str) -> str:
     """
     if not is_uri(where):
         return where
+    if re.match(r"[^/]*//[^/@]*:(?!\d+/)[^@]*@", where):  # it would stand in table models, and in messages
+        raise ValueError("--model: a URI must not hold a password or key; let the machine's own credentials serve")
     from pyarrow import fs
 
     try:
