@@ -383,7 +383,7 @@ def test_a_stream_that_stays_follows_a_promotion_and_a_candidate_is_kept_current
 
 
 NIGHT = """
-import resource, sys
+import os, resource, sys
 from pyspark.sql import SparkSession
 from tests.conftest import QUICK
 from schemas import delta
@@ -391,7 +391,7 @@ from jobs import rescore as job
 from jobs.backfill import backfill
 from partitioner import prefix, waves
 from tests.pairs import scoring
-waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 120
+waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, int(os.environ.get("HOT_TOKENS", "120"))
 spark = delta.session("night", QUICK)
 if len(sys.argv) > 3:
     jvm = spark._jvm.java.lang.ProcessHandle.current().pid()
@@ -665,16 +665,16 @@ def test_of_two_that_go_on_with_one_run_at_the_same_moment_one_is_refused(
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_the_next_one_completes_it(spark: SparkSession, root: str) -> None:
-    kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, None) for i in range(40)]
-    put(spark, root, kettles, [f"kettle {i}" for i in range(50)])
+    kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, None) for i in range(20)]
+    put(spark, root, kettles, [f"kettle {i}" for i in range(40)])
     # No file of the JVM may grow beyond 40 KiB: a write fails as on a full disk, whoever runs this test.
-    full = night(root, "rescore", "40960")
+    full = night(root, "rescore", "40960", HOT_TOKENS="4000")
     assert full.returncode == 1
     assert b"File too large" in full.stderr
     assert not invariants.audit(root)
-    assert night(root, "rescore").returncode == 0
+    assert night(root, "rescore", HOT_TOKENS="4000").returncode == 0
     assert not invariants.audit(root, MODEL) + invariants.left(root)
-    assert len(invariants.table(root, "label_probs")) == 2000
+    assert len(invariants.table(root, "label_probs")) == 800
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_w
     (folder / "prompt.json").unlink()
     assert jobs.scoring_beside(args, str(folder), "external").prompt.prompt_id == named
     save_file({"lm_head.qweight": np.ones(2)}, folder / "more.safetensors")
-    with pytest.raises(ValueError, match="has a quantised head.*add --head model"):
+    with pytest.raises(ValueError, match=r"has a quantised head.*add --head model"):
         jobs.scoring(args, str(folder), "external")
     args.head = "model"
     assert jobs.scoring(args, str(folder), "external").model.quantised_head
