@@ -375,7 +375,7 @@ def test_a_stream_that_stays_follows_a_promotion_and_a_candidate_is_kept_current
     assert (run.status, run.model_id, merged) == ("done", MODEL, [MODEL, "f" * 16])
     assert not invariants.audit(root, MODEL, "f" * 16) + invariants.left(root)
     # The candidate is the model now; a stream without work sees its deadline too.
-    deadline = datetime.now() + timedelta(seconds=2)
+    deadline = datetime.now() + timedelta(seconds=15)  # it looks at its batch before
     run = rescore(spark, root, new, every="1 second", follow=True, deadline=deadline)
     assert (run.status, run.counts) == ("stopped", {"seen": 12, "skipped": 12})
     with pytest.raises(ValueError, match=r"the thresholds in force are of prompt .* --prompt FILE"):
