@@ -136,17 +136,6 @@ archive=$TAOSR1_CACHE/archives/taosr1-$(sha256sum "$scratch/taosr1.zip" | cut -c
 mv "$scratch/taosr1.zip" "$archive"
 rm -rf "$scratch"
 
-# A third of a start is Java reading Spark's classes. On one machine the first job leaves them in an archive when it ends
-# (for some ten seconds more), and the others take them from there; one that does not fit any more is passed over.
-if [ -z "$master" ]; then
-    classes=$delta/classes.jsa how=ArchiveClassesAtExit
-    [ ! -f "$classes" ] || how=SharedArchiveFile
-    # Java archives no classes of jars that a running program brings along.
-    conf+=(--conf "spark.driver.extraClassPath=$(printf '%s:' "$delta"/io.delta_*.jar)")
-    java="-XX:+IgnoreUnrecognizedVMOptions \"-XX:$how=$classes\" -Xlog:disable -Xlog:all=error:stderr"
-    conf+=(--conf "spark.driver.extraJavaOptions=$java")
-fi
-
 jars=$(printf '%s,' "$delta"/*.jar)${jars#,}
 submit=("${conf[@]}" --jars "${jars%,}" --py-files "$archive$files" "${options[@]}")
 export SPARK_SUBMIT_OPTS="\"-Dlog4j2.configurationFile=file:$repo/log4j2.properties\" ${SPARK_SUBMIT_OPTS:-}"

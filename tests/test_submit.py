@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -126,32 +125,6 @@ def test_without_a_master_the_job_runs_here_and_may_try_a_task_four_times(checko
     given = after(said["spark"], "--conf")
     assert {f"{k}={v}" for k, v in {**CONF, **LOCAL_CONF}.items()} <= set(given)
     assert said["python"] == str(Path(sys.executable).parent / "python3")
-
-
-@pytest.mark.slow
-def test_the_first_job_on_a_machine_leaves_its_classes_to_the_next_and_a_spoilt_archive_does_no_harm(
-    checkout: Path, tmp_path: Path
-) -> None:
-    cache = tmp_path / "my cache"
-    shutil.copytree(Path(os.environ.get("TAOSR1_CACHE", REPO / ".cache")) / "jars", cache / "jars")
-    for old in cache.rglob("*.jsa"):
-        old.unlink()
-
-    def look(table: str) -> list[str]:
-        done = run(checkout, "look", str(tmp_path / table), TAOSR1_CACHE=str(cache))
-        assert done.returncode == 3, done.stderr
-        return done.stdout.splitlines()
-
-    assert len(look("first")) == 2  # what it says and the line that a job ends with
-    until = time.monotonic() + 120
-    while not (found := list(cache.rglob("*.jsa"))) and time.monotonic() < until:
-        time.sleep(1)
-    time.sleep(20)  # Java is gone when it is whole
-    (archive,) = found
-    assert len(look("second")) == 2
-    archive.chmod(0o600)
-    archive.write_bytes(archive.read_bytes()[:5000])
-    assert len(look("third")) == 2
 
 
 @pytest.mark.parametrize(
