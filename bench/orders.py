@@ -50,16 +50,12 @@ def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: s
     """Columns of equal length, a row an answered pair by pair_id: query, gold, said, written, and computed, a mean."""
     mine = models.of(model_id, prompt_id)
     greedy = delta.read(spark, root, "samples").where(mine & (F.col("split") == split) & (F.col("temperature") == 0))
-    of_runs = greedy.groupBy("run_id").agg(F.count_distinct("pair_id").alias("pairs"))
-    fullest = of_runs.orderBy(F.desc("pairs"), F.desc("run_id")).head()
-    chosen = fullest["run_id"] if fullest else None
     pairs = delta.read(spark, root, "pairs").select("pair_id", "query")
-    rows = (
-        greedy.where(F.col("run_id") == F.lit(chosen)).join(pairs, "pair_id", how="inner").orderBy("pair_id").collect()
-    )
+    drawn = stages.of_fullest_run(greedy, 1)
+    rows = drawn.join(pairs, "pair_id", how="inner").orderBy("pair_id").collect()
     if not rows:
         raise ValueError(f"model {model_id} has answered no pair of the split {split}")
-    (run,) = delta.read(spark, root, "runs").where(F.col("run_id") == F.lit(chosen)).collect()
+    (run,) = delta.read(spark, root, "runs").where(F.col("run_id") == rows[0]["run_id"]).collect()
     return {
         "pair_id": np.array([row["pair_id"] for row in rows]),
         "query": np.array([row["query"] for row in rows]),

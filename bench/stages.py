@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from deltalake import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import demo.catalogue
@@ -121,6 +121,13 @@ def common(measured: Sequence[Columns]) -> list[Columns]:
     return kept
 
 
+def of_fullest_run(samples: DataFrame, n: int) -> DataFrame:
+    """The rows of the run that drew `n` answers of most pairs, of equals the newest; none without such a run."""
+    drawn = samples.groupBy("run_id").agg((F.max("sample") + 1).alias("n"), F.count_distinct("pair_id").alias("pairs"))
+    fullest = drawn.where(F.col("n") == n).orderBy(F.desc("pairs"), F.desc("run_id")).head()
+    return samples.where(F.col("run_id") == F.lit(fullest["run_id"] if fullest else None))
+
+
 def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: str) -> Columns:
     """Columns of equal length, a row a judged pair by pair_id: query, gold, p [n, 4], and what its sampled answers came
     to (NaN where it was not sampled).
@@ -131,9 +138,7 @@ def read(spark: SparkSession, root: str, model_id: str, prompt_id: str, split: s
     scores = delta.read(spark, root, "label_probs").where(mine & (F.col("outcome") == "scored"))
     samples = delta.read(spark, root, "samples").where(mine & (F.col("split") == split) & (F.col("temperature") == 1))
     # Other runs may have drawn another number of answers.
-    drawn = samples.groupBy("run_id").agg((F.max("sample") + 1).alias("n"), F.count_distinct("pair_id").alias("pairs"))
-    fullest = drawn.where(F.col("n") == N).orderBy(F.desc("pairs"), F.desc("run_id")).head()
-    samples = samples.where(F.col("run_id") == F.lit(fullest["run_id"] if fullest else None))
+    samples = of_fullest_run(samples, N)
     agrees = samples.groupBy("pair_id").agg(F.avg(F.col("agrees").cast("int")).alias("agrees"))
     passes = pass_at_k(spark, samples)
     passes = passes.withColumn("way", F.concat("what", F.lit(" "), "k"))
