@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs one job of this project on Spark:
+# Runs jobs of this project on Spark:
 #
-#     ./spark-submit.sh [options of spark-submit …] JOB [--flag value …]
+#     ./spark-submit.sh [options of spark-submit …] JOB [--flag value …] [then JOB [--flag value …] …]
 #     ./spark-submit.sh --archive FILE.zip    # only packs what a plain spark-submit needs for --py-files
 #
 # Without a master the job runs on this machine. The job's Python starts first and starts Spark itself, with the options
@@ -12,8 +12,8 @@ set -euo pipefail
 repo=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
 usage() {
-    echo "usage: ./spark-submit.sh [options of spark-submit …] JOB [--flag value …]"
-    echo "JOB --help explains a job. The jobs:"
+    echo "usage: ./spark-submit.sh [options of spark-submit …] JOB [--flag value …] [then JOB [--flag value …] …]"
+    echo "JOB --help explains a job; \`then\` begins the next one, in the same Spark, where the last ended with 0. The jobs:"
     local file name
     for file in "$repo"/jobs/*.py; do
         name=$(basename "$file" .py)

@@ -157,13 +157,21 @@ class Chaos:
                     self.before[job] = len(self.fired())
                     self.drivers[job] = self.start(job, turn)
             wanted = self.wanted()
-            # Kills that leave no time for a wave would test the start alone.
-            if wanted and (self.folder / f"put-{turn}").exists() and self.kill(self.random.choice(wanted)):
-                time.sleep(self.random.uniform(2, 30))
+            at_work = self.drivers and (self.folder / f"put-{turn}").exists()
+            if wanted and at_work and self.kill(self.random.choice(wanted)):
+                self.rest()
             time.sleep(0.5)
         for driver in self.drivers.values():  # the time is over
             os.killpg(driver.pid, signal.SIGKILL)
         self.drivers.clear()
+
+    def rest(self) -> None:
+        """Between two kills; now and then until something was committed: kills that leave no time for a wave would test
+        the start alone."""
+        before, until, patient = self.merged(), time.monotonic() + 60, self.random.random() < 0.3
+        time.sleep(self.random.uniform(2, 30))
+        while patient and self.merged() == before and time.monotonic() < until:
+            time.sleep(1)
 
     def start(self, job: str, turn: int) -> subprocess.Popen[bytes]:
         """A driver, in a process group of its own."""

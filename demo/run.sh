@@ -23,13 +23,14 @@ rm -rf "$tables"
 some="SELECT pair_id FROM gold WHERE split = 'test' ORDER BY xxhash64(pair_id) LIMIT 12"
 step "model: SmolLM2-135M-Instruct as an ordinary model folder" $python -m demo.model
 step "catalogue: products, queries, labels, reasoning" $python -m demo.catalogue --out "$data"
-step "ingest: pairs and judgements into Delta" ./spark-submit.sh ingest --tables $tables --pairs $data/pairs.jsonl --source demo
-step "rescore: label probabilities for every pair, by the tuned model" ./spark-submit.sh rescore --tables $tables --model demo
-step "fit_thresholds: cuts from judgements that the model has not seen" ./spark-submit.sh fit_thresholds --tables $tables
-step "promote_thresholds: into force" ./spark-submit.sh promote_thresholds --tables $tables --version 1 --reason "the demo's first"
-step "publish: tiers for the index" ./spark-submit.sh publish --tables $tables
-step "explain: the reasoning behind some labels" ./spark-submit.sh explain --tables $tables --model demo --pairs "$some"
-step "sql: what an analyst sees, on queries that the model has not seen" ./spark-submit.sh sql --tables $tables --width 60 "
+step "jobs: from the file to tiers, one Spark for all of them" ./spark-submit.sh \
+    ingest --tables $tables --pairs $data/pairs.jsonl --source demo \
+    then rescore --tables $tables --model demo \
+    then explain --tables $tables --model demo --pairs "$some" \
+    then fit_thresholds --tables $tables \
+    then promote_thresholds --tables $tables --version 1 --reason "the demo's first" \
+    then publish --tables $tables \
+    then sql --tables $tables --width 60 "
     SELECT labels.query, title AS product, g.label AS human, labels.tier, round(p_excellent, 2) AS p4, round(p_related, 2) AS p3,
         round(p_mismatch, 2) AS p2, round(p_irrelevant, 2) AS p1, e.label AS explained, chain
     FROM labels JOIN pairs USING (pair_id) JOIN gold g USING (pair_id) JOIN explanations e USING (pair_id)

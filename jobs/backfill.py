@@ -49,8 +49,8 @@ ALLOWED = {
 }  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0 when all that was chosen is scored, 3 where a gate failed, 5 at the deadline."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--where", metavar="SQL", help="only pairs for which this holds")
     parser.add_argument("--order-by", choices=ORDERS, help="highest first (default: weight, where pairs bear one)")
@@ -64,7 +64,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost, and stop")
     add_night_flags(parser)
     jobs.add_scoring_flags(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0 when all that was chosen is scored, 3 where a gate failed, 5 at the deadline."""
+    args = flags().parse_args(argv)
     end_when_told()
     spark, what = jobs.opened(args, JOB, jobs.scoring)
     chosen = Chosen(args.where, args.order_by, args.limit, args.sample)

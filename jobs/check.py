@@ -49,15 +49,20 @@ Prompts = list[list[int]]
 T = TypeVar("T")
 
 
-def main(argv: list[str]) -> int:
-    """Returns 0 when ready (and in parity), 3 when blocked, or parity is broken."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__, tables_required=False)
     parser.add_argument("--parity", action="store_true", help="compare the engine with the plain model")
     parser.add_argument(
         "--pairs", type=jobs.positive, default=200, metavar="N", help="compare on so many pairs (default 200)"
     )
     jobs.add_scoring_flags(parser, model_required=False)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 when ready (and in parity), 3 when blocked, or parity is broken."""
+    args = flags().parse_args(argv)
     points, what = looked_at(args)
     for name, blocked, told in points:
         print(f"check: {'BLOCKED' if blocked else 'ok':<8} {name}: {told}", flush=True)

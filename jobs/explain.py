@@ -40,8 +40,8 @@ REASONS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0 when every selected pair that was scored has its reasoning."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--pairs", required=True, metavar="SQL", help="a query that returns a column pair_id")
     parser.add_argument(
@@ -51,7 +51,12 @@ def main(argv: list[str]) -> int:
         "--max-tokens", type=jobs.positive, default=96, help="of a chain, its end included (default 96)"
     )
     jobs.add_scoring_flags(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0 when every selected pair that was scored has its reasoning."""
+    args = flags().parse_args(argv)
     spark, what = jobs.opened(args, JOB, jobs.scoring)
     explain(spark, args.tables, what, args.pairs, args.limit, args.max_tokens)
     return 0

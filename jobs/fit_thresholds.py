@@ -98,8 +98,8 @@ class Rows:
         return len(self.p)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--model-id", metavar="M", help="whose probabilities (needed where several models scored)")
     parser.add_argument("--prompt-id", metavar="P", help="asked with which prompt (where there are several)")
@@ -149,7 +149,12 @@ def main(argv: list[str]) -> int:
         help=f"for the spread of tau (default {Wanted.refits})",
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0."""
+    args = flags().parse_args(argv)
     wanted = Wanted(
         rule=args.rule,
         by=args.by,

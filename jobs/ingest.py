@@ -33,8 +33,8 @@ WANTED = {"--pairs": formats.PAIRS, "--products": formats.PRODUCTS, "--delete": 
 _NAMES_TOLD = 20
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0, or 3 where `--strict` met bad rows or `--snapshot` could not delete."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pairs", metavar="FILE", help="pairs to insert or update; their labels go to gold")
@@ -58,7 +58,12 @@ def main(argv: list[str]) -> int:
         help="FILE is all there is: every pair of the whole table that is not in it is deleted",
     )
     parser.add_argument("--strict", action="store_true", help="exit 3 where a row was bad; good rows go in")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0, or 3 where `--strict` met bad rows or `--snapshot` could not delete."""
+    args = flags().parse_args(argv)
     flag, where = next((f, given) for f in WANTED if (given := getattr(args, f[2:])) is not None)
     if flag != "--pairs" and (args.snapshot or args.format != "canonical"):
         raise ValueError(f"--snapshot and --format belong to --pairs, not to {flag}")

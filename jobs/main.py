@@ -1,7 +1,9 @@
-"""The one main file: runs the job that its first argument names.
+"""The one main file: runs the job that its first argument names, or several, one behind the other.
 
-spark-submit … --py-files taosr1.zip jobs/main.py JOB [--flag value …]
+spark-submit … --py-files taosr1.zip jobs/main.py JOB [--flag value …] [then JOB [--flag value …] …]
 
+Jobs with `then` between them are one application: Spark starts once, and an engine stays for the next job that asks it
+within a minute. Each begins only when the one before ended with 0; all their flags are read before the first begins.
 Exit codes: 0 done; 1 failed; 2 a flag, file or table was wrong and nothing was done; 3 a gate failed; 4 given up after
 faults that did not go away; 5 ended early, as asked (--deadline). The last line of a job is one JSON object: job, exit,
 error, and of its run the run_id, status, message, counts and figures. (`sql` answers with rows and has no such line.)
@@ -13,7 +15,10 @@ import importlib
 import json
 import os
 import pkgutil
+import shlex
+import signal
 import sys
+import time
 import traceback
 
 # spark-submit puts this file's own folder on the path, where `sql.py` or `check.py` would shadow others' modules; the
@@ -24,7 +29,9 @@ if os.path.isdir(os.path.join(os.path.dirname(_HERE), "schemas")):
     sys.path.insert(0, os.path.dirname(_HERE))
 
 import jobs  # noqa: E402
-from jobs import FAILED, GATE_FAILED, GAVE_UP, USAGE  # noqa: E402
+from jobs import DONE, FAILED, GATE_FAILED, GAVE_UP, USAGE  # noqa: E402
+
+THEN = "then"
 
 
 def names() -> list[str]:
@@ -34,7 +41,7 @@ def names() -> list[str]:
 
 def usage() -> str:
     """The list of jobs, each with the first line of its file."""
-    lines = ["usage: JOB [--flag value …]; `JOB --help` explains itself. The jobs:"]
+    lines = ["usage: JOB [--flag value …] [then JOB …]; `JOB --help` explains itself. The jobs:"]
     for name in names():
         summary = (importlib.import_module(f"jobs.{name}").__doc__ or "").strip().splitlines()[0]
         lines.append(f"  {name:<20} {summary}")
@@ -42,17 +49,58 @@ def usage() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Runs `argv[0]` with the rest; returns the exit code."""
-    if not argv or argv[0] not in names():
-        if argv and argv[0] not in ("-h", "--help"):
-            print(f"there is no job {argv[0]!r}", file=sys.stderr)
+    """Runs the jobs; returns the exit code of the last one that ran."""
+    if argv[:1] in (["-h"], ["--help"]):
         print(usage(), file=sys.stderr)
-        return 0 if argv and argv[0] in ("-h", "--help") else USAGE
-    code, error = ended(argv[0], argv[1:])
+        return DONE
+    there, commands = names(), apart(argv)
+    for command in commands:
+        if not command or command[0] not in there:
+            wrong = f"there is no job {command[0]!r}" if command else "a job is missing"
+            print(wrong, usage(), sep="\n", file=sys.stderr)
+            return USAGE
+    if len(commands) == 1:
+        return run(commands[0])
+    for job, *words in commands:
+        try:
+            importlib.import_module(f"jobs.{job}").flags().parse_args(words)
+        except ValueError as error:
+            print(f"{job}: {error}", file=sys.stderr)
+            print(last_line(job, USAGE, str(error)), flush=True)
+            return USAGE
+    code, took = DONE, []
+    for command in commands:
+        if code:
+            took.append(f"        {command[0]}: not begun")
+            continue
+        print(f"\n== {shlex.join(command)}", flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the job before may have taken it for itself
+        began = time.monotonic()
+        code = run(command)
+        took.append(f"{time.monotonic() - began:5.0f} s  {command[0]}")
+    print("\nEach job took:", *took, sep="\n", flush=True)
+    return code
+
+
+def apart(argv: list[str]) -> list[list[str]]:
+    """The words of each job, between which `then` stands."""
+    commands: list[list[str]] = [[]]
+    for word in argv:
+        if word == THEN:
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands
+
+
+def run(command: list[str]) -> int:
+    """Runs one job and tells its end; returns its exit code."""
+    job, *words = command
+    code, error = ended(job, words)
     if error:
-        print(f"{argv[0]}: {error}", file=sys.stderr)
-    if argv[0] != "sql":
-        print(last_line(argv[0], code, error), flush=True)
+        print(f"{job}: {error}", file=sys.stderr)
+    if job != "sql":
+        print(last_line(job, code, error), flush=True)
     return code
 
 

@@ -25,8 +25,8 @@ from schemas.tables import TABLES
 JOB = "maintain"
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--table", action="append", choices=sorted(TABLES), help="only this one (may be repeated)")
     parser.add_argument(
@@ -35,7 +35,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what is there, and stop")
     parser.add_argument("--drop-model", metavar="MODEL_ID", help="remove this model's rows from label_probs")
     parser.add_argument("--yes", action="store_true", help="do it: with --drop-model")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0."""
+    args = flags().parse_args(argv)
     if args.keep_days < delta.KEPT_DAYS:
         raise ValueError(
             f"--keep-days {args.keep_days}: at least {delta.KEPT_DAYS}; readers, and a stream that was away, need the "

@@ -41,14 +41,19 @@ _FOREIGN = "完全符合您的搜索 顶级品质 Passt genau zu Ihrer Suche. Ex
 Figure = tuple[str, str, float, float, float, int]  # segment, measure, value, low, high, pairs
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0 when it is measured."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument(
         "--pairs", type=jobs.positive, default=PAIRS, metavar="N", help=f"so many at most (default {PAIRS})"
     )
     jobs.add_scoring_flags(parser, model_required=False)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0 when it is measured."""
+    args = flags().parse_args(argv)
     spark, what = jobs.opened(args, JOB, jobs.scoring)
     if args.model in (None, models.ACTIVE):
         models.refuse_other_prompt(spark, args.tables, what)

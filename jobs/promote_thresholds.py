@@ -44,8 +44,8 @@ class Gates:
     engines: tuple[str, ...] = ()
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0, or 3 where a gate refused."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--version", required=True, type=jobs.positive, metavar="V", help="of thresholds")
     parser.add_argument(
@@ -70,7 +70,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would change, and stop")
     parser.add_argument("--by-whom", default=None, metavar="NAME", help="who does it (default: the login name)")
     parser.add_argument("--reason", default=None, metavar="TEXT", help="why; kept with the version and its run")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0, or 3 where a gate refused."""
+    args = flags().parse_args(argv)
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     who = args.by_whom or getpass.getuser()

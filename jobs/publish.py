@@ -33,13 +33,18 @@ FORMATS = ("qrels", "quepid")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001 (full-width forms count too)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--format", choices=FORMATS, help="write a file instead of the table")
     parser.add_argument("--out", metavar="FILE", help="the file, on this machine")
     parser.add_argument("--locale", metavar="L", help="of the file: pairs of this locale alone")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0."""
+    args = flags().parse_args(argv)
     if (args.format is None) != (args.out is None):
         raise ValueError("--format and --out belong together: --format qrels --out FILE")
     if args.locale is not None and not args.out:

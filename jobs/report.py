@@ -56,12 +56,17 @@ class Section:
     open: bool = False
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--out", required=True, metavar="FILE", help="the page, on this machine")
     parser.add_argument("--version", type=int, metavar="V", help="of thresholds (default: in force, or the newest)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0."""
+    args = flags().parse_args(argv)
     if not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
         raise ValueError(f"--out {args.out}: its folder does not exist")
     spark = delta.session(JOB)

@@ -36,8 +36,8 @@ FOLLOWED_SECONDS = 20  # between two looks at which model is in force
 JOB = "rescore"
 
 
-def main(argv: list[str]) -> int:
-    """Runs the stream; returns 0 when all changes are scored, 3 where a gate failed, 5 at the deadline."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument(
         "--every", type=_interval, metavar="INTERVAL", help='stay, and look for changes so often, such as "5 minutes"'
@@ -45,7 +45,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--also", action="append", default=[], metavar="M2", help="keep this model current too")
     add_night_flags(parser)
     jobs.add_scoring_flags(parser, model_required=False)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the stream; returns 0 when all changes are scored, 3 where a gate failed, 5 at the deadline."""
+    args = flags().parse_args(argv)
     follow = args.model in (None, models.ACTIVE)
     end_when_told()
     spark, what = jobs.opened(args, JOB, jobs.scoring)

@@ -18,13 +18,18 @@ from partitioner import tiers
 from schemas import delta, runs
 
 
-def main(argv: list[str]) -> int:
-    """Runs one statement, or reads them one a line; a statement that fails is printed and, alone, gives exit code 2."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser("sql", __doc__)
     parser.add_argument("--rows", type=int, default=100, help="print at most so many rows (default 100)")
     parser.add_argument("--width", type=int, default=40, help="cut columns at so many characters, 0: not at all")
     parser.add_argument("statement", nargs="?", help="one SQL statement; without it, a prompt")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs one statement, or reads them one a line; a statement that fails is printed and, alone, gives exit code 2."""
+    args = flags().parse_args(argv)
     spark = delta.session("sql")
     there = tiers.register(spark, args.tables)
     if not there:

@@ -28,8 +28,8 @@ LISTED = 10  # all-wrong pairs that are printed
 NEVER_RIGHT = "SELECT pair_id FROM samples WHERE run_id = '{}' GROUP BY pair_id HAVING NOT bool_or(correct)"
 
 
-def main(argv: list[str]) -> int:
-    """Builds the preferences, trains and registers; returns 0."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     train_sft.add_training_flags(parser, learning_rate=5e-5)
     train_sft.add_epoch_flags(parser, epochs=1)
@@ -37,7 +37,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--per-pair", type=jobs.positive, default=2, metavar="N", help="preferences of one pair, at most"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Builds the preferences, trains and registers; returns 0."""
+    args = flags().parse_args(argv)
     spark, lesson = train_sft.opened(args, JOB)
     how = train_sft.settings(args, lesson, "dpo")
     pairs = gold.learnt_from(spark, args.tables, args.source)

@@ -24,8 +24,8 @@ from udfs.train import TrainSettings
 JOB = "train_grpo"
 
 
-def main(argv: list[str]) -> int:
-    """Trains and registers; returns 0."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     train_sft.add_training_flags(parser, learning_rate=3e-5)
     train_sft.add_batch_flag(parser)
@@ -58,7 +58,12 @@ def main(argv: list[str]) -> int:
         metavar=("RIGHT", "FORM", "AGREES"),
         help="weights",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Trains and registers; returns 0."""
+    args = flags().parse_args(argv)
     spark, lesson = train_sft.opened(args, JOB)
     how = train_sft.settings(args, lesson, "grpo", rewards=tuple(args.rewards), uniform=args.sampling == "uniform")
     pairs = train_sft.limited(gold.learnt_from(spark, args.tables, args.source), args)

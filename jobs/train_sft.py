@@ -110,8 +110,8 @@ def settings(args: argparse.Namespace, lesson: Lesson, stage: str, **more: Any) 
     return TrainSettings(**flags | more)
 
 
-def main(argv: list[str]) -> int:
-    """Trains and registers; returns 0."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     add_training_flags(parser, learning_rate=5e-4)
     add_batch_flag(parser)
@@ -128,7 +128,12 @@ def main(argv: list[str]) -> int:
         metavar="POWER",
         help="rarer labels weigh more, by (mean count / own count) to this power; 1: all labels alike (default 0: off)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Trains and registers; returns 0."""
+    args = flags().parse_args(argv)
     if args.labels_only and args.order == "pre":
         raise ValueError("--labels-only teaches no chain that --order pre could put first; leave one of the two away")
     if not 0 <= args.balance <= 1:

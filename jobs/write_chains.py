@@ -44,8 +44,8 @@ FILE = "file"  # the teacher's name where chains come from a file
 POOL = 100_000  # judged pairs that neighbours are looked for among: all are compared, on the driver
 
 
-def main(argv: list[str]) -> int:
-    """Runs the job; returns 0, or 3 where nothing of a file could be read."""
+def flags() -> jobs.Parser:
+    """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     parser.add_argument("--chains", metavar="FILE", help="chains written elsewhere; without it, --model writes them")
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
@@ -57,7 +57,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=96, help="of a chain, its end included (default 96)")
     parser.add_argument("--again", action="store_true", help="ask again for pairs whose chain was dropped")
     jobs.add_scoring_flags(parser, model_required=False)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the job; returns 0, or 3 where nothing of a file could be read."""
+    args = flags().parse_args(argv)
     if (args.chains is None) == (args.model is None):
         raise ValueError("chains come either from --chains FILE or from a teacher, --model M: name one of them")
     if args.chains is not None:

@@ -243,21 +243,24 @@ def test_a_plain_spark_submit_ingests_and_scores_from_one_file_and_one_archive_a
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SPARK_HOME")}
     tables, model = tmp_path / "tables", tiny_model(tmp_path / "model")
 
-    def submitted(*words: str | Path) -> str:
-        command = [f"{home}/bin/spark-submit", "--master", "local[2,4]", *given, "--packages", PACKAGE]
-        done = subprocess.run(
-            [*command, "--py-files", archive, alone, *words, "--tables", tables],
-            cwd="/",
-            env={**clean, "PYSPARK_PYTHON": sys.executable, "AWS_SECRET_ACCESS_KEY": "planted-in-the-environment"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    said = submitted("ingest", "--pairs", a_file_of_pairs(tmp_path, products=2, queries=2))
-    said += submitted("rescore", "--model", model)
+    ingest: list[str | Path] = [
+        "ingest",
+        "--tables",
+        tables,
+        "--pairs",
+        a_file_of_pairs(tmp_path, products=2, queries=2),
+    ]
+    command = [f"{home}/bin/spark-submit", "--master", "local[2,4]", *given, "--packages", PACKAGE]
+    done = subprocess.run(
+        [*command, "--py-files", archive, alone, *ingest, "then", "rescore", "--tables", tables, "--model", model],
+        cwd="/",
+        env={**clean, "PYSPARK_PYTHON": sys.executable, "AWS_SECRET_ACCESS_KEY": "planted-in-the-environment"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
     assert '"status": "done", "counts": {"seen": 4, "skipped": 0, "scored": 4, "refused": 0' in said
     told = said + "".join(str(table(tables, name)) for name in ("runs", "models", "gates", "label_probs"))
     assert "planted" not in told
