@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import NoReturn, TypeVar
 
 from pyspark.sql import SparkSession
@@ -20,6 +21,7 @@ from udfs.score import Scoring
 T = TypeVar("T")
 # Exit codes: done, an error, a wrong flag or file, a gate failed, faults that did not go away, ended early as asked.
 DONE, FAILED, USAGE, GATE_FAILED, GAVE_UP, STOPPED = range(6)
+began: datetime | None = None  # when the first of several jobs did: a time of day is meant from there on
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,6 +171,7 @@ def opened(
     found = models.folder_of(args.model) if named else None
     seen = look(args, *found) if found else None
     spark = delta.session(job)
+    engines.watch(spark)
     engines.refuse_unfit(spark, args.tensor_parallel)
     delta.prepare(spark, args.tables)
     model_id = args.model if named else models.in_force(spark, args.tables)[0]

@@ -2,8 +2,9 @@
 
 spark-submit … --py-files taosr1.zip jobs/main.py JOB [--flag value …] [then JOB [--flag value …] …]
 
-Jobs with `then` between them are one application: Spark starts once, and an engine stays for the next job that asks it
-within a minute. Each begins only when the one before ended with 0; all their flags are read before the first begins.
+Jobs with `then` between them are one application: Spark starts once, and an engine stays for the next job that wants
+the same one within a minute. Each begins only when the one before ended with 0; all their flags are read before the
+first begins. How long each took stands at the end of the errors' stream.
 Exit codes: 0 done; 1 failed; 2 a flag, file or table was wrong and nothing was done; 3 a gate failed; 4 given up after
 faults that did not go away; 5 ended early, as asked (--deadline). The last line of a job is one JSON object: job, exit,
 error, and of its run the run_id, status, message, counts and figures. (`sql` answers with rows and has no such line.)
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+from datetime import datetime
 
 # spark-submit puts this file's own folder on the path, where `sql.py` or `check.py` would shadow others' modules; the
 # project's packages come from --py-files, or from the folder above in a checkout.
@@ -29,7 +31,8 @@ if os.path.isdir(os.path.join(os.path.dirname(_HERE), "schemas")):
     sys.path.insert(0, os.path.dirname(_HERE))
 
 import jobs  # noqa: E402
-from jobs import DONE, FAILED, GATE_FAILED, GAVE_UP, USAGE  # noqa: E402
+from jobs import DONE, FAILED, GATE_FAILED, GAVE_UP, STOPPED, USAGE  # noqa: E402
+from partitioner import waves  # noqa: E402
 
 THEN = "then"
 
@@ -59,6 +62,7 @@ def main(argv: list[str]) -> int:
             wrong = f"there is no job {command[0]!r}" if command else "a job is missing"
             print(wrong, usage(), sep="\n", file=sys.stderr)
             return USAGE
+    jobs.began = datetime.now() if len(commands) > 1 else None
     if len(commands) == 1:
         return run(commands[0])
     for job, *words in commands:
@@ -70,6 +74,8 @@ def main(argv: list[str]) -> int:
             return USAGE
     code, took = DONE, []
     for command in commands:
+        if not code and waves.stop_asked.is_set():  # at a moment when the job before was about to end
+            code = STOPPED
         if code:
             took.append(f"        {command[0]}: not begun")
             continue
@@ -78,7 +84,7 @@ def main(argv: list[str]) -> int:
         began = time.monotonic()
         code = run(command)
         took.append(f"{time.monotonic() - began:5.0f} s  {command[0]}")
-    print("\nEach job took:", *took, sep="\n", flush=True)
+    print("\nEach job took:", *took, sep="\n", file=sys.stderr, flush=True)
     return code
 
 
@@ -106,14 +112,15 @@ def run(command: list[str]) -> int:
 
 def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     """Exit code of a job, and what went wrong, in a sentence."""
-    from py4j.protocol import Py4JError, Py4JJavaError
+    from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
+    from partitioner import engines
     from partitioner.waves import TooManyRefused
     from schemas import runs
     from schemas.delta import GaveUp
 
-    runs.last = None
+    runs.last = engines.left_alone = None
     try:
         return int(importlib.import_module(f"jobs.{job}").main(flags)), None
     except ValueError as error:
@@ -123,7 +130,10 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
             traceback.print_exc()  # a run had begun, so it was no flag or file, but a mistake of ours
         return FAILED, str(error)
     except (PySparkException, Py4JError) as error:
-        text = f"{runs.in_a_line(error)}\n{error}" if isinstance(error, Py4JJavaError) else str(error)
+        if engines.left_alone:
+            return GAVE_UP, engines.left_alone
+        line, text = runs.in_a_line(error), str(error)
+        text = text if text.startswith(line) else f"{line}\n{text}"
         # Spark has tried a task four times by then. Its error is a page of Java; what a worker said stands in there.
         return (GAVE_UP if "Job aborted" in text or "Task failed" in text else FAILED), text
     except GaveUp as error:

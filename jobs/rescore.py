@@ -104,8 +104,9 @@ def next_time(text: str) -> datetime:
         at = datetime.strptime(text, "%H:%M").time()
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no time of day: write 06:00") from None
-    today = datetime.combine(datetime.now().date(), at)
-    return today if today > datetime.now() else today + timedelta(days=1)
+    now = jobs.began or datetime.now()
+    today = datetime.combine(now.date(), at)
+    return today if today > now else today + timedelta(days=1)
 
 
 def exit_code(run: runs.Run) -> int:

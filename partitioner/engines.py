@@ -32,6 +32,8 @@ from udfs.engine import THREADS, threads_of_machine
 from udfs.stream import Batches
 
 TOUCH_SECONDS = 25.0  # Spark looks every ten seconds for workers idle for sixty
+ABSENT_SECONDS = 600.0  # so long without any executor, after there were some: they do not come back
+LOOK_SECONDS = 15.0
 _GPUS = "spark.executor.resource.gpu.amount"
 _POOL = "spark.scheduler.pool"
 _GROUP = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
@@ -39,6 +41,8 @@ _turn = threading.Condition()
 _at_work = 0  # threads whose tasks run in the engines' workers; -1 where one must be alone
 _smallest: dict[str, int] = {}  # cores of the smallest executor that an application has had
 _used = -TOUCH_SECONDS  # when a task of the engines last ended
+_watched: set[str] = set()  # applications
+left_alone: str | None = None  # why all was cancelled
 
 
 def is_local(spark: SparkSession) -> bool:
@@ -102,6 +106,42 @@ def refuse_unfit(spark: SparkSession, tensor_parallel: int) -> None:
             f"--tensor-parallel {tensor_parallel} asks for {'more' if gpus < tensor_parallel else 'fewer'} GPUs than "
             f"an executor has ({gpus}), and each holds one engine; start with --conf {_GPUS}={tensor_parallel}"
         )
+
+
+def watch(spark: SparkSession) -> None:
+    """Says, on a cluster, when there is no executor, for which Spark waits without a word; where those that were there
+    stay away, all jobs are cancelled (`left_alone` says why): it would wait for ever."""
+    application = str(spark.sparkContext.applicationId)
+    if is_local(spark) or application in _watched:
+        return
+    _watched.add(application)
+
+    def look() -> None:
+        global left_alone
+        seen, since, told = False, time.monotonic(), 0.0
+        while True:
+            time.sleep(LOOK_SECONDS)
+            try:
+                there = bool(_cores(spark))
+            except Exception:  # Spark has ended
+                return
+            if there:
+                seen, since, told = True, time.monotonic(), 0.0
+                continue
+            absent = time.monotonic() - since
+            if seen and absent > ABSENT_SECONDS:
+                left_alone = (
+                    f"gave up: all executors are gone, and none came back in {ABSENT_SECONDS / 60:.0f} minutes. "
+                    "What was merged is kept; look at the cluster (its workers, its memory), and start again"
+                )
+                print(f"engines: {left_alone}", flush=True)
+                spark.sparkContext.cancelAllJobs()
+                return
+            if absent > told + 60:
+                told = absent
+                print(f"engines: no executor since {absent:.0f} s; waiting for one", flush=True)
+
+    threading.Thread(target=look, name="watch", daemon=True).start()
 
 
 def _tries(spark: SparkSession) -> int:

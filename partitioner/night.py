@@ -47,6 +47,7 @@ class Night(Waves):
         self.ending = False  # no batch begins any more
         self._written = 0  # rows of label_probs that this run's commits inserted or changed
         self._looked = time.monotonic()  # when the gates were last looked at
+        self._gates_told = False
         self._failed = 0  # of them, at most at one look
 
     def forget_removed_pairs(self) -> None:
@@ -211,11 +212,9 @@ class Night(Waves):
         super().planned(line, total, seconds)
         second = F.size("ids") - F.col("group_tokens")
         by = ("query",) if self.what.prompt.first == "product" else ("locale", "product_id")
-        groups = line.rows.groupBy(*by).agg(
-            F.max(second).alias("once"), F.sum("group_tokens").alias("each"), F.min("group_tokens").alias("head")
-        )
-        head = F.min("head").cast("bigint")  # what all prompts share is at most that long
-        other = groups.agg(F.sum("once") + F.sum("each") - head * (line.prompts - 1)).collect()[0][0]
+        groups = line.rows.groupBy(*by).agg(F.max(second).alias("once"), F.sum("group_tokens").alias("each"))
+        other = groups.agg(F.sum("once") + F.sum("each")).collect()[0][0]
+        other -= self.what.prompt.head * (line.prompts - 1)  # which all share
         self._measure(other_order_tokens=float(other))
         print(
             f"{self.run.job}: {self.what.prompt.first} first computes {line.trie_nodes:,} tokens with a perfect cache; "
@@ -268,7 +267,7 @@ class Night(Waves):
         drawn = {row["pair_id"]: row for row in scored.orderBy(F.xxhash64("pair_id")).limit(count).collect()}
         some = line.rows.where(F.col("pair_id").isin(list(drawn)))
         with self.timed("check"), self.cancellable("noise"), engines.own_workers(self.spark):
-            again = self.ask(some.repartition(1)).collect()
+            again = self.ask(some.repartition(1).sortWithinPartitions(F.xxhash64("pair_id"))).collect()
         both = [(drawn[b["pair_id"]], b) for b in again if b["outcome"] == "scored"]
         both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"]]
         moved = selfcheck.differences(*([[pair[side][p] for p in P_COLUMNS] for pair in both] for side in (0, 1)))
@@ -299,7 +298,8 @@ class Night(Waves):
         """Writes the run's gates as they are now, and tells those that are not in order."""
         told = self.gates()
         if told:
-            write = delta.upsert if self.stays else delta.append
+            write = delta.upsert if self._gates_told else delta.append
+            self._gates_told = True
             write(self.spark, self.root, "gates", delta.rows(self.spark, "gates", told))
         for _, name, level, found, allowed, note in told:
             if level != "ok":

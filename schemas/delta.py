@@ -27,7 +27,9 @@ from delta.exceptions import (
     DeltaConcurrentModificationException,
 )
 from delta.tables import DeltaMergeBuilder, DeltaTable
+from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
+from pyspark.errors import PySparkException
 from pyspark.logger import PySparkLogger
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.types import StructType
@@ -51,8 +53,6 @@ CONF = {
     "spark.scheduler.mode": "FAIR",
     # A shard does not wait three seconds for the machine where most of its rows lie while an engine is free.
     "spark.locality.wait": "0s",
-    # A stream that stays commits a few rows a minute: from 50 small files on, a commit puts them together.
-    "spark.databricks.delta.autoCompact.enabled": "true",
     "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",
     # A Python worker that says nothing for half an hour is told to end (SIGTERM, which a stopped process hears late).
     "spark.python.worker.idleTimeoutSeconds": "1800",
@@ -73,6 +73,9 @@ LOCAL_CONF = {
     "spark.driver.host": "127.0.0.1",
 }
 _COMMIT_TRIES = 10
+# A stream that stays commits a few rows a minute: after so many versions of a table its small files are put together.
+# Delta's own way (autoCompact) counts a session's files, and once it has joined others' too it joins after each commit.
+JOINED_EVERY = 50
 LOCK = "_commit.lock"
 KEPT_DAYS = 7  # files of older versions may be gone (`maintain`), whoever still points at them
 LOCK_SECONDS = 3600.0  # a commit takes seconds, an OPTIMIZE minutes: its holder was stopped, or its disk is gone
@@ -375,7 +378,7 @@ def drop(spark: SparkSession, folder: str) -> None:
 
 def append(spark: SparkSession, root: str, name: str, rows: DataFrame) -> None:
     """Adds rows whose keys are new, in one commit; a third of the time of an `upsert`."""
-    _committed(spark, root, lambda: rows.write.format("delta").mode("append").save(path(root, name)))
+    _committed(spark, root, name, lambda: rows.write.format("delta").mode("append").save(path(root, name)))
 
 
 def upsert(
@@ -399,7 +402,7 @@ def upsert(
         merge = _merge(spark, root, name, rows.select(*values), TABLES[name].key, same)
         return merge.whenMatchedUpdate(changed, values).whenNotMatchedInsert(values=values)
 
-    return _merged(spark, root, build)
+    return _merged(spark, root, name, build)
 
 
 def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple[str, ...]) -> int:
@@ -408,7 +411,7 @@ def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple
     def build() -> DeltaMergeBuilder:
         return _merge(spark, root, name, keys.select(*on).distinct(), on).whenMatchedDelete()
 
-    return _merged(spark, root, build)["deleted"]
+    return _merged(spark, root, name, build)["deleted"]
 
 
 def claim(spark: SparkSession, root: str, name: str, rows: DataFrame, on: str) -> bool:
@@ -417,7 +420,7 @@ def claim(spark: SparkSession, root: str, name: str, rows: DataFrame, on: str) -
     def build() -> DeltaMergeBuilder:
         return _merge(spark, root, name, rows.select(*TABLES[name].names), (on,)).whenNotMatchedInsertAll()
 
-    return _merged(spark, root, build)["inserted"] > 0
+    return _merged(spark, root, name, build)["inserted"] > 0
 
 
 def update(spark: SparkSession, root: str, name: str, where: Column, values: dict[str, str | Column]) -> None:
@@ -425,7 +428,7 @@ def update(spark: SparkSession, root: str, name: str, where: Column, values: dic
 
     So a row can be compared and swapped: what another writer has committed first is what `where` and `values` see.
     """
-    _committed(spark, root, lambda: DeltaTable.forPath(spark, path(root, name)).update(where, values))
+    _committed(spark, root, name, lambda: DeltaTable.forPath(spark, path(root, name)).update(where, values))
 
 
 def size(spark: SparkSession, root: str, name: str) -> tuple[int, int]:
@@ -436,8 +439,23 @@ def size(spark: SparkSession, root: str, name: str) -> tuple[int, int]:
 
 def optimize(spark: SparkSession, root: str, name: str) -> int:
     """Joins small files, and sorts them by the clustering columns; returns how many were joined."""
-    found = _committed(spark, root, lambda: DeltaTable.forPath(spark, path(root, name)).optimize().executeCompaction())
+    table = DeltaTable.forPath(spark, path(root, name))
+    found = _committed(spark, root, name, lambda: table.optimize().executeCompaction())
     return sum(int(row[0]) for row in found.select("metrics.numFilesRemoved").collect())
+
+
+def join_small_files(spark: SparkSession, root: str, name: str) -> None:
+    """Joins files below 64 MB into some of 128 MB, in one commit of its own: what Delta's autoCompact would do. A fault
+    in it is told and harms nothing: `maintain` joins them too."""
+    jvm: Any = spark._jvm
+    hook = getattr(getattr(jvm.org.apache.spark.sql.delta.hooks, "AutoCompact$"), "MODULE$")
+    log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path(root, name))
+    defaults = [getattr(hook, f"compact$default${place}")() for place in (4, 5, 6)]
+    try:
+        with alone(spark, root):
+            hook.compact(spark._jsparkSession, log, jvm.scala.Option.empty(), *defaults)
+    except (GaveUp, Py4JError, PySparkException) as error:
+        print(f"delta: the small files of {name} were not joined ({str(error).strip().splitlines()[0]})", flush=True)
 
 
 def vacuum(spark: SparkSession, root: str, name: str, keep_days: int) -> int:
@@ -445,7 +463,7 @@ def vacuum(spark: SparkSession, root: str, name: str, keep_days: int) -> int:
     hours = 24 * keep_days
     going = spark.sql(f"VACUUM {_quoted(root, name)} RETAIN {hours:d} HOURS DRY RUN").count()
     if going:
-        _committed(spark, root, lambda: DeltaTable.forPath(spark, path(root, name)).vacuum(hours))
+        _committed(spark, root, name, lambda: DeltaTable.forPath(spark, path(root, name)).vacuum(hours))
     return going
 
 
@@ -461,7 +479,7 @@ def sync(spark: SparkSession, root: str, name: str, changes: DataFrame) -> dict[
         merge = merge.whenMatchedDelete("new.gone").whenMatchedUpdate(set=values)
         return merge.whenNotMatchedInsert("NOT new.gone", values)
 
-    return _merged(spark, root, build)
+    return _merged(spark, root, name, build)
 
 
 def _merge(
@@ -479,9 +497,9 @@ def _merge(
     return old.merge(rows.alias("new"), " AND ".join(matched))
 
 
-def _merged(spark: SparkSession, root: str, build: Callable[[], DeltaMergeBuilder]) -> dict[str, int]:
+def _merged(spark: SparkSession, root: str, name: str, build: Callable[[], DeltaMergeBuilder]) -> dict[str, int]:
     """Runs a MERGE and reads its own row of figures."""
-    (row,) = _committed(spark, root, lambda: build().execute().collect())
+    (row,) = _committed(spark, root, name, lambda: build().execute().collect())
     return {
         "inserted": int(row["num_inserted_rows"]),
         "updated": int(row["num_updated_rows"]),
@@ -489,14 +507,18 @@ def _merged(spark: SparkSession, root: str, build: Callable[[], DeltaMergeBuilde
     }
 
 
-def _committed(spark: SparkSession, root: str, commit: Callable[[], _R]) -> _R:
+def _committed(spark: SparkSession, root: str, name: str, commit: Callable[[], _R]) -> _R:
     """Runs a commit again when another writer was faster, up to ten times, each wait longer than the last."""
     for attempt in range(1, _COMMIT_TRIES + 1):
         try:
             crash("commit")
             with alone(spark, root):
+                before = version(spark, root, name)
                 done = commit()
+                after = version(spark, root, name)
             crash("committed")
+            if before // JOINED_EVERY < after // JOINED_EVERY:
+                join_small_files(spark, root, name)
             return done
         except _LOST_RACES as conflict:
             if attempt == _COMMIT_TRIES:

@@ -151,9 +151,11 @@ def recorded(spark: SparkSession, root: str, now: Callable[[], Run]) -> Iterator
 
 
 def in_a_line(error: BaseException) -> str:
-    """What an error says, without its pages; of Java's what Java said."""
+    """What an error says, without its pages; of Java's what Java said, and where a worker failed what that one said."""
     text = str(error.java_exception) if isinstance(error, Py4JJavaError) else str(error)
-    return (text.strip() or repr(error)).splitlines()[0]
+    told = (text.strip() or repr(error)).splitlines()[0]
+    _, there, trace = text.rpartition("Traceback (most recent call last):\n")
+    return next((line for line in trace.splitlines() if line.strip() == line != ""), told) if there else told
 
 
 def write(spark: SparkSession, root: str, run: Run) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from delta.exceptions import ConcurrentAppendException
+from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Row, SparkSession
@@ -133,7 +135,7 @@ def test_a_lost_race_is_tried_again_and_at_last_given_up_with_a_sentence(
             raise ConcurrentAppendException("another writer was faster")
         return "committed"
 
-    assert delta._committed(spark, root, loses_twice) == "committed"
+    assert delta._committed(spark, root, "runs", loses_twice) == "committed"
 
     def always_loses() -> None:
         nonlocal tries
@@ -142,8 +144,39 @@ def test_a_lost_race_is_tried_again_and_at_last_given_up_with_a_sentence(
 
     tries = 0
     with pytest.raises(RuntimeError, match="gave up after 10 tries"):
-        delta._committed(spark, root, always_loses)
+        delta._committed(spark, root, "runs", always_loses)
     assert tries == 10
+
+
+def test_what_a_worker_said_is_the_line_that_is_kept_of_its_error(spark: SparkSession) -> None:
+    def fails(batches: Iterator[Any]) -> Iterator[Any]:
+        yield from batches
+        try:
+            raise KeyError("weights")
+        except KeyError as error:
+            raise RuntimeError("model folder /m changed: model.safetensors") from error
+
+    with pytest.raises(PySparkException) as raised:
+        spark.range(1).mapInArrow(fails, "id BIGINT").collect()
+    assert runs.in_a_line(raised.value) == "RuntimeError: model folder /m changed: model.safetensors"
+    assert runs.in_a_line(ValueError("one\ntwo")) == "one"
+
+
+def test_small_files_are_joined_once_in_so_many_versions_and_where_that_fails_the_commit_stands(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(delta, "JOINED_EVERY", 4)
+    for pair in range(5):
+        delta.upsert(spark, root, "label_probs", judged(spark, pair_id=f"{pair:032}"))
+    log = DeltaTable.forPath(spark, f"{root}/label_probs").history().orderBy("version").select("operation").collect()
+    assert [row["operation"] for row in log] == ["CREATE TABLE", *["MERGE"] * 4, "OPTIMIZE", "MERGE"]
+    assert len(delta.read(spark, root, "label_probs").collect()) == 5
+    for file in Path(root, "label_probs").glob("*.parquet"):
+        file.unlink()
+    delta.append(spark, root, "label_probs", judged(spark, pair_id="f" * 32))
+    delta.append(spark, root, "label_probs", judged(spark, pair_id="e" * 32))
+    assert delta.version(spark, root, "label_probs") == 8
+    assert "delta: the small files of label_probs were not joined" in capsys.readouterr().out
 
 
 def test_a_run_is_one_row_from_start_to_end(spark: SparkSession, root: str) -> None:

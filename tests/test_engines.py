@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from partitioner import engines
@@ -36,6 +38,30 @@ def test_an_engine_gets_the_threads_that_were_named_and_not_the_one_of_a_task(
     with engines.own_workers(spark):
         assert told(spark) == (3, "engine")
     assert told(spark) == (1, "")
+
+
+def test_where_all_executors_stay_away_what_waits_for_them_is_cancelled(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alive = iter([[2], [2], []])
+    monkeypatch.setattr(engines, "is_local", lambda _: False)
+    monkeypatch.setattr(engines, "_cores", lambda _: next(alive, []))
+    monkeypatch.setattr(engines, "LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(engines, "ABSENT_SECONDS", 2.0)
+    monkeypatch.setattr(engines, "_watched", set())
+    monkeypatch.setattr(engines, "left_alone", None)
+
+    def waits(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        time.sleep(60)
+        yield from batches
+
+    engines.watch(spark)
+    began = time.monotonic()
+    with pytest.raises((PySparkException, Py4JError), match="cancelled"):
+        spark.range(1).mapInArrow(waits, "id BIGINT").collect()
+    assert time.monotonic() - began < 50
+    assert "all executors are gone" in str(engines.left_alone)
+    assert "all executors are gone" in capsys.readouterr().out
 
 
 def test_a_touch_does_not_wait_for_the_end_of_a_long_planning(spark: SparkSession) -> None:

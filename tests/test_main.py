@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from pyspark.errors import SparkRuntimeException as SparkException
 from pyspark.sql import SparkSession
 
+import jobs
 from jobs import main as dispatcher
-from jobs import maintain, publish, sql
+from jobs import maintain, publish, rescore, sql
+from partitioner import waves
 from partitioner.waves import TooManyRefused
 from schemas import delta, runs
 
@@ -69,12 +71,13 @@ def test_jobs_with_then_between_them_run_in_one_spark_and_each_tells_its_end(
 ) -> None:
     line = ["maintain", "--tables", root, "--table", "pairs", "then", "sql", "--tables", root, "SELECT 41 + 1 AS sum"]
     assert dispatcher.main(line) == 0
-    said = capsys.readouterr().out.splitlines()
+    read = capsys.readouterr()
+    said, took = read.out.splitlines(), read.err.splitlines()
     assert {"job": "maintain", "exit": 0}.items() <= json.loads(next(s for s in said if s.startswith("{"))).items()
     assert "| 42|" in said
     heads = [place for place, text in enumerate(said) if text.startswith("== ")]
     assert [said[place].split()[1] for place in heads] == ["maintain", "sql"]
-    assert [text.split()[1:] for text in said[said.index("Each job took:") + 1 :]] == [["s", "maintain"], ["s", "sql"]]
+    assert [text.split()[1:] for text in took[took.index("Each job took:") + 1 :]] == [["s", "maintain"], ["s", "sql"]]
     assert not spark.sparkContext._jsc.sc().isStopped()
 
 
@@ -116,4 +119,27 @@ def test_a_job_begins_only_where_the_one_before_ended_with_0_and_its_signals_are
     finally:
         signal.signal(signal.SIGTERM, before)
     assert called == ["jobs.maintain True", "jobs.publish True"]
-    assert capsys.readouterr().out.splitlines()[-1].strip() == "sql: not begun"
+    read = capsys.readouterr()
+    assert read.err.splitlines()[-1].strip() == "sql: not begun"
+    assert json.loads(read.out.splitlines()[-1]) == {"job": "publish", "exit": 5}
+
+
+def test_no_job_begins_behind_one_that_was_told_to_end_and_a_deadline_is_of_the_day_they_began(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = datetime(2026, 1, 1, 6, 0)
+
+    def long_night(_: list[str]) -> int:
+        assert jobs.began is not None
+        assert rescore.next_time(jobs.began.strftime("%H:%M")) > jobs.began
+        monkeypatch.setattr(jobs, "began", told - timedelta(minutes=1))  # more than a minute ago, that is
+        assert rescore.next_time("06:00") == told
+        waves.stop_asked.set()
+        return 0
+
+    monkeypatch.setattr(maintain, "main", long_night)
+    try:
+        assert dispatcher.main(["maintain", "--tables", "t", "then", "sql", "--tables", "t", "SELECT 1"]) == 5
+    finally:
+        waves.stop_asked.clear()
+    assert "sql: not begun" in capsys.readouterr().err

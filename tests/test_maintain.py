@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,6 @@ from schemas import delta, runs
 from tests import invariants, judged
 
 
-@pytest.fixture
-def uncompacted(spark: SparkSession) -> Iterator[None]:
-    """No file is joined on the side. Delta counts small files by a table's id, which the tests' copies of one share."""
-    name = "spark.databricks.delta.autoCompact.enabled"
-    spark.conf.set(name, "false")
-    yield
-    spark.conf.set(name, "true")
-
-
-@pytest.mark.usefixtures("uncompacted")
 def test_small_files_are_joined_and_no_row_changes(spark: SparkSession, root: str) -> None:
     for i in range(4):
         judged.fill(spark, root, "label_probs", [judged.scored(i, "q", [0.7, 0.1, 0.1, 0.1])])
@@ -80,15 +69,12 @@ def test_a_flag_that_would_take_a_readers_files_is_refused(flags: list[str], rea
 
 
 @pytest.mark.slow
-def test_a_stream_that_commits_a_row_a_minute_leaves_few_files(spark: SparkSession, root: str) -> None:
-    """More commits than compaction lets files be, of which it wants 50 else; a whole day of them: bench.scaling
-    commits."""
-    least = "spark.databricks.delta.autoCompact.minNumFiles"
-    spark.conf.set(least, "8")
-    try:
-        _, most = scaling.commits(spark, root, 21)
-    finally:
-        spark.conf.unset(least)
+def test_a_stream_that_commits_a_row_a_minute_leaves_few_files(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are joined after fewer commits than the 50 of a stream; a whole day of them: bench.scaling commits."""
+    monkeypatch.setattr(delta, "JOINED_EVERY", 8)
+    _, most = scaling.commits(spark, root, 21)
     assert most["label_probs"] <= 12
     assert most["runs"] <= 12
     assert len(invariants.table(root, "label_probs")) == 21

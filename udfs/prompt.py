@@ -61,6 +61,13 @@ class Prompt:
     reserved: frozenset[int] = field(repr=False)
     tokenizer_json: str = field(repr=False)
 
+    @property
+    def head(self) -> int:
+        """Tokens that every prompt begins with: the template's, before the first field."""
+        first = self.product if self.first == "product" else self.query
+        fields = [place for place, segment in enumerate(first) if segment.field]
+        return sum(len(segment.before) for segment in first[: fields[0] + 1])
+
 
 class Text(NamedTuple):
     """A segment as the file has it, before it is tokenised."""
