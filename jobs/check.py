@@ -17,7 +17,9 @@ import dataclasses
 import os
 import platform
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
@@ -85,7 +87,7 @@ Point = tuple[str, bool, str]  # what, whether it is in the way, what was found 
 def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
     """All that a night needs, looked at one by one; and what would score, where that is in order."""
     spark, what = delta.session("check") if args.tables else None, None
-    points: list[Point] = [("versions", *worker(spark, versions)), ("device", *worker(spark, device))]
+    points: list[Point] = [("versions", *worker(spark, versions, alike=True)), ("device", *worker(spark, device))]
     opened = spark is not None
     if spark is not None:
         points += [(name, *found) for name, found in tables_of(spark, args.tables)]
@@ -123,12 +125,25 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
     return points, what
 
 
-def worker(spark: SparkSession | None, look: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
-    """What is found where engines would run: on a cluster on one of its executors, else on this machine."""
+def worker(spark: SparkSession | None, look: Callable[[], tuple[bool, str]], alike: bool = False) -> tuple[bool, str]:
+    """What is found where engines would run: on a cluster on each of its executors, else on this machine. `alike`: what
+    differs from one to the other is in the way."""
     if spark is None or engines.is_local(spark):
         return look()
-    blocked, told = spark.sparkContext.parallelize([0], 1).map(lambda _: look()).collect()[0]
-    return blocked, f"on an executor: {told}"
+    count = engines.count(spark)
+
+    def look_there(_: int) -> tuple[bool, str, str]:
+        time.sleep(0.5)  # so that no executor takes two
+        return *look(), socket.gethostname()
+
+    found = spark.sparkContext.parallelize(range(count), count).map(look_there).collect()
+    hosts: dict[str, set[str]] = {}
+    for _, told, host in found:
+        hosts.setdefault(told, set()).add(host)
+    blocked = any(wrong for wrong, _, _ in found)
+    if len(hosts) == 1:
+        return blocked, f"on {count} executor(s): {found[0][1]}"
+    return blocked or alike, "; ".join(f"on {', '.join(sorted(on))}: {told}" for told, on in hosts.items())
 
 
 def versions() -> tuple[bool, str]:

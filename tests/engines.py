@@ -244,8 +244,10 @@ class HungryEngine(FakeEngine):
 
 
 class DoomedEngine(FakeEngine):
-    """Takes two milliseconds a prompt, and exits when the file `die` is in the folder `settings.model`; not at the first
-    prompt of a task: one that is alone, and dies twice, is taken for the cause."""
+    """Takes two milliseconds a prompt, and exits when the file `die` is in the folder `settings.model`.
+
+    Not at the first prompt of a task: one that is alone, and dies twice, is taken for the cause.
+    """
 
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None

@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from pyspark import TaskContext
 from pyspark.sql import SparkSession
 
 import jobs
 from jobs import check
+from partitioner import engines
 from schemas import delta
 from tests import judged
 
@@ -60,6 +62,24 @@ def test_a_root_that_is_a_file_is_no_storage(spark: SparkSession, tmp_path: Path
 def test_blocked_is_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main(["--model", str(tmp_path)]) == 3
     assert "check: blocked, 1 of 3 points" in capsys.readouterr().out
+
+
+def test_each_executor_is_looked_at_and_versions_that_differ_are_in_the_way(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "is_local", lambda _: False)
+    monkeypatch.setattr(engines, "count", lambda _: 2)
+
+    def look() -> tuple[bool, str]:
+        context = TaskContext.get()
+        return False, f"Python 3.{context.partitionId() if context else ''}"
+
+    blocked, told = check.worker(spark, look, alike=True)
+    assert blocked
+    assert "Python 3.0" in told
+    assert "Python 3.1" in told
+    assert not check.worker(spark, look)[0]
+    assert check.worker(spark, lambda: (False, "the same"), alike=True) == (False, "on 2 executor(s): the same")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def test_each_executor_scores_its_own_shard_with_one_engine(
     flags = ["--tables", root, "--model", str(model), "--dtype", "float32"]
     # Two cores a worker: were it not for the profile, two scoring tasks would run side by side in an executor.
     with cluster(tmp_path / "cluster", cores=2, gpus=int(gpu)) as running:
-        said = submit("--master", running.master, *conf, "rescore", *flags)
+        said = submit("--master", running.master, *conf, "check", *flags, "then", "rescore", *flags)
+    assert "ok       versions: on 2 executor(s): Python" in said
     assert "160 scored" in said
     (run,) = (row for row in table(Path(root), "runs") if row["job"] == "rescore")
     assert (run["status"], run["engine_loads"]) == ("done", 2)
