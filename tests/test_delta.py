@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -13,10 +17,11 @@ from delta.exceptions import ConcurrentAppendException
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import Row, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from schemas import delta, runs, tables
+from tests import invariants
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -146,6 +151,37 @@ def test_a_lost_race_is_tried_again_and_at_last_given_up_with_a_sentence(
     with pytest.raises(RuntimeError, match="gave up after 10 tries"):
         delta._committed(spark, root, "runs", always_loses)
     assert tries == 10
+
+
+@pytest.mark.slow
+def test_of_two_that_write_the_same_rows_at_once_the_slower_tries_again_and_no_row_is_there_twice(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the lock of local folders, as on a storage where Delta itself sees other writers."""
+    monkeypatch.setattr(delta, "alone", lambda *_: nullcontext())
+    lost: list[float] = []
+    together = Barrier(2)
+
+    def waited(*_: float) -> float:
+        lost.append(0.1)
+        return 0.1
+
+    monkeypatch.setattr(delta.random, "uniform", waited)  # type: ignore[attr-defined]
+
+    def write(writer: int) -> None:
+        for turn in range(3):
+            pairs = [judged(spark, pair_id=f"{pair:032}", wave_id=f"{writer}-{turn}") for pair in range(6)]
+            rows = reduce(DataFrame.unionAll, pairs)
+            together.wait()
+            delta.upsert(spark, root, "label_probs", rows)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    assert lost
+    rows = invariants.table(root, "label_probs")
+    assert len(rows) == 6
+    assert not invariants.one_row_a_key(rows)
+    assert len({row["wave_id"] for row in rows}) == 1  # of the last one, whole
 
 
 def test_what_a_worker_said_is_the_line_that_is_kept_of_its_error(spark: SparkSession) -> None:

@@ -154,6 +154,7 @@ def test_the_engine_is_told_what_was_asked_for_or_what_its_device_wants() -> Non
     assert step(on_cpu=True, max_num_batched_tokens=99, max_model_len=300) == (STEP_ON_CPU[0], 300)
 
 
+@pytest.mark.slow
 def test_the_head_is_in_float32_also_where_the_decoder_has_a_configuration_of_its_own() -> None:
     for config in (AutoConfig.for_model("llama"), AutoConfig.for_model("gemma3")):
         changed = with_fp32_head(config)

@@ -76,6 +76,7 @@ def test_a_probe_of_few_pairs_does_not_hide_the_one_before_it(spark: SparkSessio
     assert [(row["run_id"], row["value"]) for row in last_probe(spark, root, version)] == [("p0", 0.7)]
 
 
+@pytest.mark.slow
 def test_a_model_that_calls_nothing_irrelevant_has_nothing_to_probe(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS[:1])
     with pytest.raises(runs.Unmet, match=r"calls no pair Irrelevant, or has scored none .*: rescore --tables"):

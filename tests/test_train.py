@@ -156,6 +156,7 @@ def test_activations_that_are_computed_twice_give_the_same_weights(
         assert trained(stage, parent, rows, True, **more) == trained(stage, parent, rows, False, **more)
 
 
+@pytest.mark.slow
 def test_reasoning_first_is_learnt_in_its_order(base: Path, tmp_path: Path, answers: Form) -> None:
     first = dataclasses.replace(answers, order="pre")
     how = settings(base, tmp_path / "pre", epochs=2)
