@@ -130,7 +130,7 @@ def worker(spark: SparkSession | None, look: Callable[[], tuple[bool, str]], ali
     differs from one to the other is in the way."""
     if spark is None or engines.is_local(spark):
         return look()
-    count = engines.count(spark)
+    count = engines.settled(spark)
 
     def look_there(_: int) -> tuple[bool, str, str]:
         time.sleep(0.5)  # so that no executor takes two

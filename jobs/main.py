@@ -32,6 +32,7 @@ if os.path.isdir(os.path.join(os.path.dirname(_HERE), "schemas")):
 import jobs  # noqa: E402
 from jobs import DONE, FAILED, GATE_FAILED, GAVE_UP, STOPPED, USAGE  # noqa: E402
 from partitioner import waves  # noqa: E402
+from schemas import runs  # noqa: E402
 
 THEN = "then"
 
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> int:
     code, took = DONE, []
     for command in commands:
         if not code and waves.stop_asked.is_set():  # at a moment when the job before was about to end
-            code = STOPPED
+            code, runs.last = STOPPED, None
+            print(last_line(command[0], code, "not begun: asked to end (SIGTERM)"), flush=True)
         if code:
             took.append(f"        {command[0]}: not begun")
             continue
@@ -112,11 +114,10 @@ def run(command: list[str]) -> int:
 def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     """Exit code of a job, and what went wrong, in a sentence."""
     from py4j.protocol import Py4JError
-    from pyspark.errors import PySparkException
+    from pyspark.errors import PySparkException, PythonException
 
     from partitioner import engines
     from partitioner.waves import TooManyRefused
-    from schemas import runs
     from schemas.delta import GaveUp
 
     runs.last = engines.left_alone = None
@@ -134,13 +135,14 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
         line, text = runs.in_a_line(error), str(error)
         text = text if text.startswith(line) else f"{line}\n{text}"
         # Spark has tried a task four times by then. Its error is a page of Java; what a worker said stands in there.
-        return (GAVE_UP if "Job aborted" in text or "Task failed" in text else FAILED), text
+        given_up = isinstance(error, PythonException) or "Job aborted" in text or "Task failed" in text
+        return (GAVE_UP if given_up else FAILED), text
     except GaveUp as error:
         return GAVE_UP, str(error)
     except TooManyRefused as error:
         return GATE_FAILED, str(error)
     except RuntimeError as error:
-        return FAILED, str(error)
+        return (GAVE_UP, engines.left_alone) if engines.left_alone else (FAILED, str(error))
     except Exception as error:  # a full disk, or a mistake of ours: whoever mends it needs to see where
         traceback.print_exc()
         return FAILED, f"{type(error).__name__}: {error}"
@@ -148,8 +150,6 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
 
 def last_line(job: str, code: int, error: str | None) -> str:
     """What became of the job, for whoever started it: one line of JSON."""
-    from schemas import runs
-
     told: dict[str, object] = {"job": job, "exit": code}
     if error:
         told["error"] = error.strip().splitlines()[0]

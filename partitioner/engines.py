@@ -73,6 +73,16 @@ def count(spark: SparkSession) -> int:
     return 1 if is_local(spark) else max(1, len(_cores(spark)))
 
 
+def settled(spark: SparkSession) -> int:
+    """As `count`, on a cluster where executors may still be coming: when there was none more for three seconds."""
+    until, seen, since = time.monotonic() + 30, 0, time.monotonic()
+    while time.monotonic() < until and (not seen or time.monotonic() - since < 3):
+        if (there := len(_cores(spark))) != seen:
+            seen, since = there, time.monotonic()
+        time.sleep(0.2)
+    return max(1, seen)
+
+
 def refuse_unfit(spark: SparkSession, tensor_parallel: int) -> None:
     """Raises ValueError where a task has one try, where executors come and go, and where one has more or fewer GPUs
     than one engine asks for, or none for an engine that is built for them. With two engines in one, a new worker could
@@ -110,7 +120,7 @@ def refuse_unfit(spark: SparkSession, tensor_parallel: int) -> None:
 
 def watch(spark: SparkSession) -> None:
     """Says, on a cluster, when there is no executor, for which Spark waits without a word; where those that were there
-    stay away, all jobs are cancelled (`left_alone` says why): it would wait for ever."""
+    stay away, all jobs are cancelled, those that come too (`left_alone` says why): it would wait for ever."""
     application = str(spark.sparkContext.applicationId)
     if is_local(spark) or application in _watched:
         return
@@ -130,13 +140,14 @@ def watch(spark: SparkSession) -> None:
                 continue
             absent = time.monotonic() - since
             if seen and absent > ABSENT_SECONDS:
-                left_alone = (
-                    f"gave up: all executors are gone, and none came back in {ABSENT_SECONDS / 60:.0f} minutes. "
-                    "What was merged is kept; look at the cluster (its workers, its memory), and start again"
-                )
-                print(f"engines: {left_alone}", flush=True)
-                spark.sparkContext.cancelAllJobs()
-                return
+                if not left_alone:
+                    left_alone = (
+                        f"gave up: all executors are gone, and none came back in {ABSENT_SECONDS / 60:.0f} minutes. "
+                        "What was merged is kept; look at the cluster (its workers, its memory), and start again"
+                    )
+                    print(f"engines: {left_alone}", flush=True)
+                spark.sparkContext.cancelAllJobs()  # also, at the next look, what would write that the run failed
+                continue
             if absent > told + 60:
                 told = absent
                 print(f"engines: no executor since {absent:.0f} s; waiting for one", flush=True)
@@ -306,6 +317,11 @@ def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def may_have_ended() -> bool:
+    """Whether the engines' workers rested so long that Spark may have ended them, as between two jobs of one line."""
+    return time.monotonic() - _used > 60.0
 
 
 def end(spark: SparkSession, tensor_parallel: int = 1) -> None:

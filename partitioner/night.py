@@ -172,7 +172,8 @@ class Night(Waves):
     def score(self, seen: DataFrame, name: str, judged: DataFrame) -> prefix.Line:
         """Scores those of `seen` (of `pairs`) whose text is not in `judged`, most wanted first; returns their line."""
         started = time.monotonic()
-        if Waves._held != self.what.settings and not unjudged(seen, judged).isEmpty():
+        held = Waves._held == self.what.settings and not engines.may_have_ended()
+        if not held and not unjudged(seen, judged).isEmpty():
             self.begin_loading()
         line, total = self.plan(seen, name, judged)
         self._count(seen=total, skipped=total - line.prompts)

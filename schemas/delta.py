@@ -53,6 +53,8 @@ CONF = {
     "spark.scheduler.mode": "FAIR",
     # A shard does not wait three seconds for the machine where most of its rows lie while an engine is free.
     "spark.locality.wait": "0s",
+    # Putting files of a clustered table together leaves cubes of so many bytes as they are (default: 100 GB).
+    "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold": str(2**30),
     "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",
     # A Python worker that says nothing for half an hour is told to end (SIGTERM, which a stopped process hears late).
     "spark.python.worker.idleTimeoutSeconds": "1800",
@@ -444,18 +446,22 @@ def optimize(spark: SparkSession, root: str, name: str) -> int:
     return sum(int(row[0]) for row in found.select("metrics.numFilesRemoved").collect())
 
 
-def join_small_files(spark: SparkSession, root: str, name: str) -> None:
-    """Joins files below 64 MB into some of 128 MB, in one commit of its own: what Delta's autoCompact would do. A fault
-    in it is told and harms nothing: `maintain` joins them too."""
+def join_small_files(spark: SparkSession, root: str, name: str, before: int) -> None:
+    """Where a table has come past a multiple of `JOINED_EVERY` versions since version `before`: joins its files below
+    64 MB into some of 128 MB (of a clustered table all that are not in a cube of 1 GB, see CONF), in one commit of its
+    own, as Delta's autoCompact would. A fault in it is told and harms nothing: `maintain` joins them too."""
     jvm: Any = spark._jvm
-    hook = getattr(getattr(jvm.org.apache.spark.sql.delta.hooks, "AutoCompact$"), "MODULE$")
-    log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path(root, name))
-    defaults = [getattr(hook, f"compact$default${place}")() for place in (4, 5, 6)]
     try:
+        if before // JOINED_EVERY == version(spark, root, name) // JOINED_EVERY:
+            return
+        hook = getattr(getattr(jvm.org.apache.spark.sql.delta.hooks, "AutoCompact$"), "MODULE$")
+        log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path(root, name))
+        defaults = [getattr(hook, f"compact$default${place}")() for place in (4, 5, 6)]
         with alone(spark, root):
             hook.compact(spark._jsparkSession, log, jvm.scala.Option.empty(), *defaults)
     except (GaveUp, Py4JError, PySparkException) as error:
-        print(f"delta: the small files of {name} were not joined ({str(error).strip().splitlines()[0]})", flush=True)
+        told = str(getattr(error, "java_exception", error)).strip() or repr(error)
+        print(f"delta: the small files of {name} were not joined ({told.splitlines()[0]})", flush=True)
 
 
 def vacuum(spark: SparkSession, root: str, name: str, keep_days: int) -> int:
@@ -515,10 +521,8 @@ def _committed(spark: SparkSession, root: str, name: str, commit: Callable[[], _
             with alone(spark, root):
                 before = version(spark, root, name)
                 done = commit()
-                after = version(spark, root, name)
             crash("committed")
-            if before // JOINED_EVERY < after // JOINED_EVERY:
-                join_small_files(spark, root, name)
+            join_small_files(spark, root, name, before)
             return done
         except _LOST_RACES as conflict:
             if attempt == _COMMIT_TRIES:

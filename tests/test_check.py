@@ -68,7 +68,7 @@ def test_each_executor_is_looked_at_and_versions_that_differ_are_in_the_way(
     spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "is_local", lambda _: False)
-    monkeypatch.setattr(engines, "count", lambda _: 2)
+    monkeypatch.setattr(engines, "settled", lambda _: 2)
 
     def look() -> tuple[bool, str]:
         context = TaskContext.get()

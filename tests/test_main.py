@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyspark.errors import SparkRuntimeException as SparkException
@@ -142,4 +143,22 @@ def test_no_job_begins_behind_one_that_was_told_to_end_and_a_deadline_is_of_the_
         assert dispatcher.main(["maintain", "--tables", "t", "then", "sql", "--tables", "t", "SELECT 1"]) == 5
     finally:
         waves.stop_asked.clear()
-    assert "sql: not begun" in capsys.readouterr().err
+    read = capsys.readouterr()
+    assert "sql: not begun" in read.err
+    last = {"job": "sql", "exit": 5, "error": "not begun: asked to end (SIGTERM)"}
+    assert json.loads(read.out.splitlines()[-1]) == last
+
+
+def test_a_task_that_fails_four_times_of_what_its_worker_says_is_given_up(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(batches: Iterator[Any]) -> Iterator[Any]:
+        yield from batches
+        raise ValueError("model folder /m changed")
+
+    def job(_: list[str]) -> int:
+        return int(spark.range(1).mapInArrow(fails, "id BIGINT").count())
+
+    monkeypatch.setattr(maintain, "main", job)
+    assert dispatcher.main(["maintain", "--tables", "t"]) == 4
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["error"] == "ValueError: model folder /m changed"
