@@ -29,10 +29,14 @@ sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != _
 if os.path.isdir(os.path.join(os.path.dirname(_HERE), "schemas")):
     sys.path.insert(0, os.path.dirname(_HERE))
 
+from py4j.protocol import Py4JError  # noqa: E402
+from pyspark.errors import PySparkException, PythonException  # noqa: E402
+
 import jobs  # noqa: E402
 from jobs import DONE, FAILED, GATE_FAILED, GAVE_UP, STOPPED, USAGE  # noqa: E402
-from partitioner import waves  # noqa: E402
+from partitioner import engines, waves  # noqa: E402
 from schemas import runs  # noqa: E402
+from schemas.delta import GaveUp  # noqa: E402
 
 THEN = "then"
 
@@ -113,13 +117,6 @@ def run(command: list[str]) -> int:
 
 def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
     """Exit code of a job, and what went wrong, in a sentence."""
-    from py4j.protocol import Py4JError
-    from pyspark.errors import PySparkException, PythonException
-
-    from partitioner import engines
-    from partitioner.waves import TooManyRefused
-    from schemas.delta import GaveUp
-
     runs.last = engines.left_alone = None
     try:
         return int(importlib.import_module(f"jobs.{job}").main(flags)), None
@@ -139,7 +136,7 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
         return (GAVE_UP if given_up else FAILED), text
     except GaveUp as error:
         return GAVE_UP, str(error)
-    except TooManyRefused as error:
+    except waves.TooManyRefused as error:
         return GATE_FAILED, str(error)
     except RuntimeError as error:
         return (GAVE_UP, engines.left_alone) if engines.left_alone else (FAILED, str(error))

@@ -133,7 +133,7 @@ def watch(spark: SparkSession) -> None:
             time.sleep(LOOK_SECONDS)
             try:
                 there = bool(_cores(spark))
-            except Exception:  # Spark has ended
+            except (Py4JError, OSError, AttributeError):  # Spark has ended: no JVM answers, or its context is let go
                 return
             if there:
                 seen, since, told = True, time.monotonic(), 0.0

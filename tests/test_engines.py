@@ -47,7 +47,7 @@ def test_where_all_executors_stay_away_what_waits_for_them_is_cancelled(
 
     def cores(_: SparkSession) -> list[int]:
         if ended.is_set():
-            raise RuntimeError("Spark has ended")
+            raise Py4JError("Spark has ended")
         return next(alive, [])
 
     monkeypatch.setattr(engines, "is_local", lambda _: False)
