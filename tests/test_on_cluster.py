@@ -1,22 +1,26 @@
-"""The whole job on a real standalone cluster with the real engine: plain on CPUs, and with a GPU declared a worker."""
+"""On a real standalone cluster: the whole job with the real engine, plain on CPUs and with a GPU declared a worker;
+and a training whose two processes are tasks of the cluster."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import check
+from jobs import check, train_sft
 from partitioner import engines
 from schemas.labels import P_COLUMNS
 from tests.cluster import cluster
 from tests.commands import submit, table
+from tests.conftest import REPO
 from tests.models import tiny_model
 from tests.pairs import QUERIES, put
+from tests.test_train_sft import told
 from udfs import selfcheck
-from udfs.model import inspect
+from udfs.model import inspect, weights_hash
 from udfs.prompt import load
 
 CONF = (
@@ -67,6 +71,29 @@ def test_each_executor_scores_its_own_shard_with_one_engine(
         assert "CUDA_VISIBLE_DEVICES=11" in logs
     left = [pid for pid in os.listdir("/proc") if pid.isdigit() and str(tmp_path / "cluster") in environment(pid)]
     assert not left
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("spark")
+def test_a_training_in_tasks_of_the_cluster_makes_the_model_that_processes_of_one_machine_make(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH")  # the tests' own, which a cluster's workers do not have
+    model = tiny_model(tmp_path / "model")
+    told(root, tmp_path)
+    flags = ["--tables", root, "--model", str(model), "--labels-only", "--epochs", "2", "--accumulate", "1"]
+    flags += ["--processes", "2", "--dtype", "float32", "--batch-tokens", "512"]
+    assert train_sft.main([*flags, "--out", str(tmp_path / "here")]) == 0
+    with cluster(tmp_path / "cluster", cores=1) as running:
+        archive = tmp_path / "taosr1.zip"
+        subprocess.run([REPO / "spark-submit.sh", "--archive", archive], check=True, capture_output=True)
+        code = ["--conf", f"spark.executorEnv.PYTHONPATH={archive}"]
+        said = submit("--master", running.master, *CONF, *code, "train_sft", *flags, "--out", tmp_path / "there")
+    assert "train_sft: made model" in said
+    assert weights_hash(str(tmp_path / "there")) == weights_hash(str(tmp_path / "here"))
+    logs = [file.read_text(errors="replace") for file in (tmp_path / "cluster").rglob("app-*/*/stderr")]
+    assert ["BarrierTaskContext" in log for log in logs] == [True, True]  # a task of the training in each executor
+    assert {run["status"] for run in table(Path(root), "runs") if run["job"] == "train_sft"} == {"done"}
 
 
 def environment(pid: str) -> str:

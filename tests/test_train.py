@@ -272,20 +272,34 @@ def test_grpos_advantages_and_loss_are_the_formulas_of_its_paper(
     assert float(seen["_compute_loss"]) == pytest.approx(-(wanted.reshape(-1) * tokens).sum() / tokens.sum(), abs=1e-4)
 
 
-def _train(how: TrainSettings) -> None:
-    train.launch(how, 1, label_at=0)
+def a_stage(stage: str, answers: Form) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """The rows of a stage, changes of its settings, and what it is told beside them."""
+    rows = lessons(answers)
+    if stage == "dpo":
+        return preferred(answers), {"learning_rate": 1e-3}, {}
+    if stage == "grpo":
+        rows = [{**row, "label": LABELS[n % 4], "rate": 0.5} for n, row in enumerate(rows)]
+        return rows, {"learning_rate": 1e-3, "groups": 2, "group": 4, "max_tokens": 12}, {"form": answers}
+    return rows, {}, {"label_at": 0}
+
+
+def _train(how: TrainSettings, more: dict[str, Any]) -> None:
+    train.launch(how, 1, **more)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
-    base: Path, answers: Form, tmp_path: Path
+    base: Path, answers: Form, taught: Path, tmp_path: Path, stage: str
 ) -> None:
-    whole = settings(base, tmp_path / "whole", epochs=8, checkpoint_every=3, batch_tokens=128)
-    run(whole, lessons(answers), label_at=0)
+    rows, changes, more = a_stage(stage, answers)
+    changes |= {"epochs": 8, "checkpoint_every": 3, "batch_tokens": 128, "steps": 40}
+    parent = base if stage == "sft" else taught
+    whole, cut = (settings(parent, tmp_path / name, stage, **changes) for name in ("whole", "cut"))
+    run(whole, rows, **more)
 
-    cut = settings(base, tmp_path / "cut", epochs=8, checkpoint_every=3, batch_tokens=128)
-    train.land(cut, lessons(answers))
-    child = multiprocessing.get_context("spawn").Process(target=_train, args=(cut,))
+    train.land(cut, rows)
+    child = multiprocessing.get_context("spawn").Process(target=_train, args=(cut, more))
     child.start()
     deadline = time.monotonic() + 120
     while not list((tmp_path / "cut" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
@@ -295,7 +309,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
     os.kill(int(child.pid or 0), signal.SIGKILL)
     child.join()
     assert not (tmp_path / "cut" / "model.safetensors").exists(), "it was done before it was killed"
-    train.launch(cut, 1, label_at=0)
+    train.launch(cut, 1, **more)
 
     assert weights_hash(str(tmp_path / "cut")) == weights_hash(str(tmp_path / "whole"))
     steps = [[e["step"] for e in log(tmp_path / name) if "loss" in e] for name in ("whole", "cut")]
@@ -309,15 +323,11 @@ def test_two_processes_train_one_model_and_end_together(
     answers: Form, taught: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONPATH")  # the tests' own, which an operator does not have
-    rows = lessons(answers)
-    how = settings(taught, tmp_path / stage, stage, full=False, epochs=2, learning_rate=1e-3)
-    more: dict[str, Any] = {"label_at": 0}
-    if stage == "dpo":
-        rows, more = preferred(answers), {}
+    rows, changes, more = a_stage(stage, answers)
+    changes |= {"full": False, "epochs": 2, "learning_rate": 1e-3, "steps": 9}
+    how = settings(taught, tmp_path / stage, stage, **changes)
     if stage == "grpo":
-        rows = [{**row, "label": LABELS[n % 4], "rate": 0.5} for n, row in enumerate(rows)]
-        how = dataclasses.replace(how, steps=9, groups=2, group=4, max_tokens=12, generated_tokens=300)
-        more = {"form": answers}
+        how = dataclasses.replace(how, generated_tokens=300)
     train.land(how, rows)
     train.launch(how, 2, **more)
     train.leave(how, "tiny")
