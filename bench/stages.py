@@ -242,14 +242,15 @@ def table(measured: dict[str, Columns], wanted: dict[str, Callable[[Columns], fl
 
 
 def by_kind(measured: dict[str, Columns]) -> str:
-    """A Markdown table: macro-F1 for each kind of query."""
+    """A Markdown table: macro-F1 for each kind of query, with intervals."""
     lines = ["| macro-F1 by kind | pairs | " + " | ".join(measured) + " |", "|---" * (len(measured) + 2) + "|"]
     kinds = next(iter(measured.values()))["kind"]
     for kind in [k for k in (*demo.catalogue.KINDS, "other") if k in kinds]:
         cells = []
         for rows in measured.values():
             mine = {name: column[rows["kind"] == kind] for name, column in rows.items()}
-            cells.append(f"{measures.macro_f1(confusion(mine)):.3f}")
+            low, high = interval(mine, MEASURES["macro-F1"])
+            cells.append(f"{MEASURES['macro-F1'](mine):.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {kind} | {(kinds == kind).sum()} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from datetime import datetime
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from pyspark.sql import SparkSession
@@ -148,6 +149,20 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
             flush=True,
         )
     return Scoring(model, stage, prompt, settings)
+
+
+def look_ahead(args: argparse.Namespace, made: Container[str] = ()) -> None:
+    """Looks at each model that the flags name by its folder, but for folders that are yet to be `made`. Raises
+    ValueError with a sentence."""
+    for name in (getattr(args, "model", None), *getattr(args, "also", ())):
+        known = name in (None, models.ACTIVE) or str(Path(name).absolute()) in made
+        if not known and (found := models.folder_of(name)):
+            if not hasattr(args, "verify"):
+                inspect(found[0])
+            elif name == args.model:
+                scoring(args, *found)
+            else:
+                scoring_beside(args, *found)
 
 
 def scoring_beside(args: argparse.Namespace, folder: str, stage: str, prompt_id: str | None = None) -> Scoring:

@@ -87,8 +87,12 @@ def chosen(spark: SparkSession, root: str, pairs: str, limit: int) -> DataFrame:
     """The selected pairs (pair_id), each once, in memory. As a subquery, so that only what reads is SQL here."""
     tiers.register(spark, root)
     try:
-        found = spark.sql(f"SELECT pair_id FROM (\n{pairs.strip().rstrip(';')}\n)").limit(limit + 1)  # noqa: S608
-        ids = [row["pair_id"] for row in found.collect()]
+        found = spark.sql(f"SELECT pair_id FROM (\n{pairs.strip().rstrip(';')}\n)")  # noqa: S608
+        ids: dict[str, None] = {}  # in the order of the query
+        for row in found.toLocalIterator():
+            ids[str(row["pair_id"])] = None
+            if len(ids) > limit:
+                break
     except PySparkException as error:
         raise ValueError(
             f"--pairs: {runs.in_a_line(error)} Wanted is one query that returns a column pair_id; "
@@ -97,8 +101,10 @@ def chosen(spark: SparkSession, root: str, pairs: str, limit: int) -> DataFrame:
     if not ids:
         raise ValueError('--pairs: the query selects no pair; look at it with: sql --tables T "…"')
     if len(ids) > limit:
-        print(f"{JOB}: the query selects more than {limit:,} rows; the first {limit:,} are taken (--limit)", flush=True)
-    return spark.createDataFrame([(i,) for i in dict.fromkeys(map(str, ids[:limit]))], "pair_id STRING")
+        print(
+            f"{JOB}: the query selects more than {limit:,} pairs; the first {limit:,} are taken (--limit)", flush=True
+        )
+    return spark.createDataFrame([(i,) for i in list(ids)[:limit]], "pair_id STRING")
 
 
 class Reasoning(Drawing):

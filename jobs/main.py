@@ -3,8 +3,9 @@
 spark-submit … --py-files taosr1.zip jobs/main.py JOB [--flag value …] [then JOB [--flag value …] …]
 
 Jobs with `then` between them are one application: Spark starts once, and an engine stays for the next job that wants
-the same one within a minute. Each begins only when the one before ended with 0; all their flags are read before the
-first begins. How long each took stands at the end of the errors' stream.
+the same one within a minute. Each begins only when the one before ended with 0; all their flags are read, and the
+models that these name by a folder are looked at, before the first begins. How long each took stands at the end of the
+errors' stream.
 Exit codes: 0 done; 1 failed; 2 a flag, file or table was wrong and nothing was done; 3 a gate failed; 4 given up after
 faults that did not go away; 5 ended early, as asked (--deadline). The last line of a job is one JSON object: job, exit,
 error, and of its run the run_id, status, message, counts and figures. (`sql` answers with rows and has no such line.)
@@ -69,9 +70,12 @@ def main(argv: list[str]) -> int:
     jobs.began = datetime.now() if len(commands) > 1 else None
     if len(commands) == 1:
         return run(commands[0])
+    made: list[str] = []  # folders of models that a job makes for those behind it
     for job, *words in commands:
         try:
-            importlib.import_module(f"jobs.{job}").flags().parse_args(words)
+            args = importlib.import_module(f"jobs.{job}").flags().parse_args(words)
+            jobs.look_ahead(args, made)
+            made += [os.path.abspath(out)] if (out := getattr(args, "out", None)) else []
         except ValueError as error:
             print(f"{job}: {error}", file=sys.stderr)
             print(last_line(job, USAGE, str(error)), flush=True)

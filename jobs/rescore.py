@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     args = flags().parse_args(argv)
     follow = args.model in (None, models.ACTIVE)
     end_when_told()
+    jobs.look_ahead(args)
     spark, what = jobs.opened(args, JOB, jobs.scoring)
     others = [argparse.Namespace(**{**vars(args), "model": name}) for name in args.also]
     candidates = {one.regime: one for one in (jobs.opened(other, JOB, jobs.scoring_beside)[1] for other in others)}

@@ -3,8 +3,9 @@
 train_dpo --tables T --model PARENT --out DIR
 
 PARENT must have sampled the train split (`sample --model PARENT`). Of each pair that it got both right and wrong, a few
-right answers are set against wrong ones in the table `preferences`; pairs without a right answer cannot teach here and
-are counted and listed: they are the teacher's next work. What is made lies in DIR and is registered in `models`.
+right answers are set against wrong ones in the table `preferences`, which holds PARENT's latest choice (what a model
+learnt from stays in its folder); pairs without a right answer cannot teach here and are counted and listed: they are
+the teacher's next work. What is made lies in DIR and is registered in `models`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ def main(argv: list[str]) -> int:
     pairs = train_sft.limited(pairs.join(found, "pair_id", how="left_semi"), args)
     answers = found.join(pairs, "pair_id", how="left_semi")
     chosen = preferences(answers, args.per_pair, args.seed).localCheckpoint()
-    put(spark, args, lesson, chosen)
     tell(spark, args, answers, chosen)
     preferred = pairs.join(chosen.select("pair_id").distinct(), "pair_id", how="left_semi")
     rows = rendered(preferred, lesson.prompt).select("pair_id", "ids").join(chosen, "pair_id", how="inner")
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     ]
     if not data:
         raise ValueError(why_none(answers, args))
-    train_sft.train(spark, args, lesson, how, data)
+    train_sft.train(spark, args, lesson, how, data, landed=lambda: put(spark, args, lesson, chosen))
     return 0
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -221,7 +221,7 @@ def named_base(name: str, folder: str) -> str:
 
 
 def limited(pairs: DataFrame, args: argparse.Namespace) -> DataFrame:
-    """At most `--limit` of the pairs that a stage can learn from: whole queries, always the same."""
+    """At most `--limit` of the pairs that a stage can learn from: query by query, always the same."""
     if args.limit is None:
         return pairs
     # Whole queries in the order of a hash, so that a smaller limit takes a subset of a larger one.
@@ -258,9 +258,13 @@ def train(
     lesson: Lesson,
     how: TrainSettings,
     data: Sequence[dict[str, Any]],
+    landed: Callable[[], None] = lambda: None,
     **more: Any,
 ) -> str:
-    """Lands the rows, trains, merges and registers; returns the new model's id. The run's row tells how it ended."""
+    """Lands the rows, trains, merges and registers; returns the new model's id. The run's row tells how it ended.
+
+    `landed` is called when the rows are, before the training: where they are refused, nothing is written.
+    """
     job = f"train_{how.stage}"
     run = runs.start(spark, args.tables, job, lesson.parent.model_id, lesson.prompt.prompt_id)
     with runs.recorded(spark, args.tables, lambda: run):
@@ -277,6 +281,7 @@ def train(
                 "data_hash": land(how, data, args.processes, parent=lesson.parent.weights_hash, base=lesson.base_hash),
                 "settings": {**how.recipe(), "processes": args.processes},
             }
+            landed()
             figures = launch(how, args.processes, not engines.is_local(spark), **more)
             shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
             recipe |= {"metrics": figures}

@@ -246,6 +246,7 @@ class Waves(ABC):
             (found["self_check_dp"], allowed, "itself"),
             (found["mean_dp"], of_mean, "itself in the mean"),
             (found["canaries_dp"], allowed, "its canaries.json"),
+            (found["canaries_mean_dp"], of_mean, "its canaries.json in the mean"),
         ):
             if difference is not None and not difference <= limit:
                 raise RuntimeError(

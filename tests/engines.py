@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from partitioner.waves import CHECKED_PROMPTS
 from schemas.labels import LABELS, NAMES
 from schemas.runs import _born
 from tests.models import PROMPT, tiny_tokenizer
@@ -123,7 +124,8 @@ class DriftingEngine(FakeEngine):
 
 
 class MortalEngine(FakeEngine):
-    """Dies or hangs once, at its tenth prompt; `settings.model` is a folder that holds how and remembers whether."""
+    """Dies or hangs once, while it scores (the check of first use asks fewer prompts at a time); `settings.model` is a
+    folder that holds how and remembers whether."""
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
@@ -133,7 +135,7 @@ class MortalEngine(FakeEngine):
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
     ) -> Iterator[Answer]:
         for answer in super().answers(prompts, label_ids, ahead):
-            if answer.index == 9 and not (self.folder / "died").exists():
+            if answer.index == CHECKED_PROMPTS and not (self.folder / "died").exists():
                 (self.folder / "died").write_text(str(os.getpid()))
                 if (self.folder / "how").read_text() == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)

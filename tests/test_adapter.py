@@ -110,3 +110,12 @@ def test_what_is_more_than_plain_lora_is_refused(base: Path, tmp_path: Path, odd
     adapted(base, tmp_path / "adapter", **odd)
     with pytest.raises(ValueError, match="not plain LoRA"):
         adapter.merge(str(tmp_path / "adapter"), str(base), str(tmp_path / "merged"))
+
+
+def test_an_adapter_that_gives_other_weights_than_its_recipe_names_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapted(base, folder)
+    adapter.write_recipe(str(folder), adapter.recipe(str(folder)) | {"merged_hash": "0" * 64})
+    with pytest.raises(ValueError, match=r"gave weights .*, not the 000000000000…"):
+        adapter.merge(str(folder), str(base), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()

@@ -157,4 +157,4 @@ def test_a_query_may_have_a_comment_at_its_end_and_no_more_than_the_limit_is_tak
     ids = sorted(r["pair_id"] for r in delta.read(spark, root, "pairs").collect())
     query = "SELECT * FROM pairs ORDER BY pair_id DESC -- the last ones;"
     assert [r["pair_id"] for r in chosen(spark, root, query, 3).collect()] == ids[::-1][:3]
-    assert "more than 3 rows; the first 3 are taken" in capsys.readouterr().out
+    assert "more than 3 pairs; the first 3 are taken" in capsys.readouterr().out

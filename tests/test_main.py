@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -88,6 +89,18 @@ def test_jobs_with_then_between_them_run_in_one_spark_and_each_tells_its_end(
         (["publish", "--tables", "t", "--formt", "qrels"], "publish: unrecognized arguments: --formt qrels"),
         (["publsh", "--tables", "t"], "there is no job 'publsh'"),
         ([], "a job is missing"),
+        (
+            ["rescore", "--tables", "t", "--model", "/no/such/model"],
+            "rescore: there is no model folder '/no/such/model'",
+        ),
+        (
+            ["rescore", "--tables", "t", "--also", "/no/such/model"],
+            "rescore: there is no model folder '/no/such/model'",
+        ),
+        (
+            ["train_sft", "--tables", "t", "--model", "/no/such/model", "--out", "o"],
+            "there is no model folder '/no/such/model'",
+        ),
     ],
 )
 def test_a_wrong_word_of_a_later_job_stops_all_before_the_first_begins(
@@ -96,6 +109,13 @@ def test_a_wrong_word_of_a_later_job_stops_all_before_the_first_begins(
     assert dispatcher.main(["maintain", "--tables", str(tmp_path / "tables"), "then", *second]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "tables").exists()
+
+
+def test_a_model_that_an_earlier_job_makes_need_not_be_there_yet(tmp_path: Path) -> None:
+    args = argparse.Namespace(model=str(tmp_path / "sft"))
+    jobs.look_ahead(args, made=[str(tmp_path / "sft")])
+    with pytest.raises(ValueError, match="sft"):
+        jobs.look_ahead(args)
 
 
 def ends_with(code: int, called: list[str], name: str) -> Callable[[list[str]], int]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from schemas.labels import LABELS, NAMES
 from tests.models import tiny_model
-from udfs import train
+from udfs import rollout, train
 from udfs.answer import Form, form
 from udfs.difficulty import Difficulty, pass_rates
 from udfs.forest import Row
@@ -179,23 +180,82 @@ def test_reasoning_first_is_learnt_in_its_order(base: Path, tmp_path: Path, answ
     assert all("p_gold_drawn" not in entry for entry in told)
 
 
-def test_grpo_raises_the_reward_and_draws_groups_with_spread(answers: Form, taught: Path, tmp_path: Path) -> None:
+def test_grpo_raises_the_reward_and_draws_groups_with_spread(
+    answers: Form, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [
         {"pair_id": str(n), "root": root_of(n, label), "rest": list(QUERY), "label": label, "rate": None}
         for n in range(12)
         for label in LABELS
     ]
+    read: list[int] = []  # pairs of each reading of the pass rates
+
+    def counted(model: Any, rows: Sequence[Row], *rest: Any) -> np.ndarray:
+        read.append(len(rows))
+        return pass_rates(model, rows, *rest)
+
+    monkeypatch.setattr(train, "pass_rates", counted)
     how = settings(
         taught, tmp_path / "grpo", "grpo", learning_rate=1e-3, steps=24, groups=4, group=6, max_tokens=24, refresh=8
     )
     run(how, rows, form=answers)
+    assert read == [48, 48, 48]
     steps = [entry for entry in log(tmp_path / "grpo") if "reward" in entry]
     right = [entry["rewards/right/mean"] for entry in steps]
     assert {"rewards/formed/mean", "rewards/agrees/mean", "kl", "entropy", "frac_reward_zero_std"} <= steps[0].keys()
     assert max(entry["frac_reward_zero_std"] for entry in steps[:8]) == 0  # refilled before the trainer sees them
     assert np.mean([entry["groups_without_spread"] for entry in steps[:8]]) < 0.5
     assert 0 < right[0] < 1
+    assert np.mean([entry["reward"] for entry in steps[-6:]]) > np.mean([entry["reward"] for entry in steps[:6]])
     assert p_gold(tmp_path / "grpo", answers) > p_gold(taught, answers) + 0.05
+
+
+@pytest.mark.parametrize(
+    ("settled", "uniform", "order", "drawn", "answered"),
+    [
+        ({0, 1, 2}, False, "post", 6, {3, 4, 5}),  # put back until three with spread are there
+        ({0, 1, 2, 3}, False, "post", None, {4, 5}),  # too few with spread: one without fills the batch
+        ({0, 1, 2}, True, "post", 3, None),  # uniform sampling keeps what it draws
+        ({0, 1, 2}, False, "pre", 3, None),  # a first token is no label
+    ],
+)
+def test_a_group_whose_labels_are_all_alike_is_put_back_and_another_pair_drawn_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+    answers: Form,
+    settled: set[int],
+    uniform: bool,
+    order: str,
+    drawn: int | None,
+    answered: set[int] | None,
+) -> None:
+    right, wrong = 7, 8
+    rows = [Row((number,), QUERY, (right,)) for number in range(6)]
+    asked: list[int] = []
+
+    def firsts(model: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        asked.extend(prompt[0] for prompt in prompts)
+        return [[right] * count if prompt[0] in settled else [right, *[wrong] * (count - 1)] for prompt in prompts]
+
+    class InTurn(Difficulty):
+        def draw(self, count: int, *key: int) -> np.ndarray:
+            return np.array([(len(asked) + n) % 6 for n in range(count)])
+
+    monkeypatch.setattr(rollout, "first_tokens", firsts)
+    monkeypatch.setattr(rollout, "continued", lambda model, prompts, firsts, *_: [[[f, 1] for f in g] for g in firsts])
+    difficulty = InTurn(np.full(6, 0.5), group=4, seed=0, uniform=uniform)
+    how = dataclasses.replace(answers, order=order)
+    found = rollout.rolled_out(torch.nn.Linear(1, 1), rows, difficulty, how, 3, 12, (0, 0))
+    pairs = [number for number, _ in found.answers]
+    assert len(pairs) == 3
+    assert all(len(group) == 4 for _, group in found.answers)
+    assert found.drawn == len(asked)
+    assert found.without_spread == sum(number in settled for number in asked)
+    if drawn:
+        assert found.drawn == drawn
+    if answered:
+        assert answered <= set(pairs)
+    else:
+        assert set(pairs) == {0, 1, 2}
 
 
 def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_path: Path) -> None:
@@ -288,12 +348,16 @@ def _train(how: TrainSettings, more: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize(
+    ("stage", "full"),
+    [("sft", True), ("sft", False), ("dpo", True), ("grpo", True)],
+    ids=["sft", "lora", "dpo", "grpo"],
+)
 def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
-    base: Path, answers: Form, taught: Path, tmp_path: Path, stage: str
+    base: Path, answers: Form, taught: Path, tmp_path: Path, stage: str, full: bool
 ) -> None:
     rows, changes, more = a_stage(stage, answers)
-    changes |= {"epochs": 8, "checkpoint_every": 3, "batch_tokens": 128, "steps": 40}
+    changes |= {"epochs": 8, "checkpoint_every": 3, "batch_tokens": 128, "steps": 40, "full": full}
     parent = base if stage == "sft" else taught
     whole, cut = (settings(parent, tmp_path / name, stage, **changes) for name in ("whole", "cut"))
     run(whole, rows, **more)
@@ -308,7 +372,7 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not_killed(
         time.sleep(0.02)
     os.kill(int(child.pid or 0), signal.SIGKILL)
     child.join()
-    assert not (tmp_path / "cut" / "model.safetensors").exists(), "it was done before it was killed"
+    assert not list((tmp_path / "cut").glob("*.safetensors")), "it was done before it was killed"
     train.launch(cut, 1, **more)
 
     assert weights_hash(str(tmp_path / "cut")) == weights_hash(str(tmp_path / "whole"))
@@ -435,12 +499,11 @@ def test_the_newest_checkpoint_that_was_written_to_its_end_is_gone_on_from(tmp_p
         (folder / "trainer_state.json").write_text('{"global_step": 1}')
         np.save(folder / "difficulty.npy", np.ones(3))
         for process in range(2):
-            (folder / f"rng_state_{process}.pth").touch()
+            torch.save({"cpu": torch.get_rng_state()}, folder / f"rng_state_{process}.pth")
     assert train._last_checkpoint(how, 2) == str(folder)
-    for content in ((folder / name).read_bytes()[:9], b""):
+    whole = (folder / name).read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
         (folder / name).write_bytes(content)
-        if name.endswith("pth"):
-            continue  # that it is there is all that is asked
         assert train._last_checkpoint(how, 2) == str(folder.with_name("checkpoint-9"))
     (folder / name).unlink()
     assert train._last_checkpoint(how, 2) == str(folder.with_name("checkpoint-9"))

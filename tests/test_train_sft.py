@@ -101,6 +101,8 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     made = inspect(folder)
     assert (row["model_id"], row["stage"], row["parent_id"]) == (made.model_id, "sft", inspect(base).model_id)
     assert row["trained_on"] == ["raters"]
+    assert {"loss", "label_accuracy"} <= row["metrics"].keys()
+    assert (row["config"]["rank"], row["config"]["epochs"]) == ("4", "1.0")
     assert row["data_hash"] == json.loads((out / adapter.RECIPE).read_text())["data_hash"]
     assert named.registered_folder(spark, root, row["model_id"])[0] == folder
     assert (out / "log.html").stat().st_size > 10_000

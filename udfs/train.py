@@ -586,14 +586,17 @@ def _step(checkpoint: str) -> int:
 
 def _is_whole(checkpoint: Path, stage: str, processes: int) -> bool:
     """Whether what is written last is there and can be read: the random state of each process, the trainer's state,
-    and after it GRPO's pass rates."""
+    and after it GRPO's pass rates. Processes do not wait for each other: the one's may be whole, the other's cut."""
+    import zipfile
+
     import numpy as np
 
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if stage == "grpo":
             np.load(checkpoint / STATE, allow_pickle=False)
-        return len(list(checkpoint.glob("rng_state*.pth"))) == processes
+        states = [zipfile.is_zipfile(file) for file in checkpoint.glob("rng_state*.pth")]  # its list stands at the end
+        return all(states) and len(states) == processes
     except (OSError, EOFError, ValueError):
         return False
 
