@@ -291,7 +291,7 @@ def plain_model(folder: str, asked: Prompts, label_ids: Sequence[int]) -> list[l
     model = AutoModelForCausalLM.from_pretrained(
         fetched(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
-    model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device).eval()
     found = []
     with torch.inference_mode():
         for ids in asked:

@@ -42,7 +42,7 @@ def test_loss_and_gradients_of_a_forest_are_those_of_its_rows_apart(model: Any) 
 
     model.zero_grad()
     wanted = -torch.cat([apart(model, row) for row in ROWS]).mean()
-    wanted.backward()  # type: ignore[no-untyped-call]
+    wanted.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
@@ -51,7 +51,7 @@ def test_loss_and_gradients_of_a_forest_are_those_of_its_rows_apart(model: Any) 
     labels = inputs.pop("labels")[0, 1:]
     logits = model(**inputs).logits[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
     assert torch.allclose(loss, wanted, atol=1e-5)
     for own, other in zip(model.parameters(), gradients, strict=True):
