@@ -198,6 +198,7 @@ def test_what_a_worker_said_is_the_line_that_is_kept_of_its_error(spark: SparkSe
     assert runs.in_a_line(ValueError("one\ntwo")) == "one"
 
 
+@pytest.mark.slow
 def test_small_files_are_joined_once_in_so_many_versions_and_where_that_fails_the_commit_stands(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

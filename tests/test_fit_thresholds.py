@@ -56,9 +56,13 @@ def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession) -> None:
             assert found.confusion.tolist() == expected.confusion.tolist()
 
 
-def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_and_named(
-    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+WANTED = Wanted(
+    "boundary", "category", Objective(), (Requirement("recall", 3, 0.5),), min_gold=40, replicates=100, refits=10
+)
+
+
+def filled(spark: SparkSession, root: str) -> None:
+    """Judged pairs of which some are left out, each for another reason."""
     judged.tables(spark, root)
     more = 240
     fill(spark, root, "pairs", [pair(i, "more") for i in range(more, more + 6)])
@@ -76,9 +80,13 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
         {"model_id": MODEL, "path": "/m", "stage": "sft", "weights_hash": "f", "metrics": {}, "created_at": judged.NOW,
          "trained_on": ["raters"]}
     ])  # fmt: skip
-    asked = (Requirement("recall", 3, 0.5),)
-    wanted = Wanted("boundary", "category", Objective(), asked, min_gold=40, replicates=100, refits=10)
-    version = fit_thresholds(spark, root, wanted)
+
+
+def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_and_named(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(spark, root)
+    version = fit_thresholds(spark, root, WANTED)
     said = capsys.readouterr().out
     for line in (
         "120 judgements of raters: fit",
@@ -122,24 +130,22 @@ def test_a_version_with_its_figures_is_stored_and_what_is_left_out_is_counted_an
     cells = [r["value"] for key, r in told.items() if key[:3] == ("score", "out_of_fold", "") and "confusion" in key[3]]
     assert sum(cells) == pytest.approx(120)
     assert ("raw", "fit", "", "ece_excellent") in told
-    flags = [
-        "--objective",
-        "accuracy",
-        "--allow-train",
-        "--refits",
-        "0",
-        "--replicates",
-        "0",
-        "--gold-source",
-        "raters",
-    ]
-    assert job.main(["--tables", root, *flags]) == 0
+
+
+@pytest.mark.slow
+def test_flags_are_kept_with_a_version_and_more_judgements_than_the_driver_takes_give_the_same_cuts_from_the_workers(
+    spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(spark, root)
+    assert fit_thresholds(spark, root, WANTED) == 1
+    stored = delta.read(spark, root, "thresholds").collect()
+    flags = ["--objective", "accuracy", "--allow-train", "--refits", "0", "--replicates", "0"]
+    assert job.main(["--tables", root, *flags, "--gold-source", "raters"]) == 0
     last = delta.read(spark, root, "thresholds").where("version = 2").collect()
     assert {(r["n_gold"], r["allow_train"], r["objective"]) for r in last} == {(184, True, "accuracy")}
     assert len({r["tau"] for r in last}) == 1
-    # More judgements than the driver takes: the same cuts, from the workers.
     monkeypatch.setattr(job, "LOCAL_ROWS", 100)
-    assert fit_thresholds(spark, root, replace(wanted, replicates=0, refits=0)) == 3
+    assert fit_thresholds(spark, root, replace(WANTED, replicates=0, refits=0)) == 3
     said = capsys.readouterr().out
     assert "cuts are fitted on all 120 judgements" in said
     assert "these take the cuts of all: Towels (" in said
@@ -306,6 +312,7 @@ def test_an_impossible_requirement_says_the_best_that_can_be_had() -> None:
         cutter("one", all_rows, wanted, relax=False)
 
 
+@pytest.mark.slow
 def test_who_judged_what_was_learnt_or_held_out_and_what_is_one_query_is_known_of_each_judgement(
     spark: SparkSession, root: str
 ) -> None:

@@ -321,6 +321,7 @@ def test_a_csv_file_of_quotes_that_do_not_close_is_not_read_again_for_each_of_it
     assert (line.n, cells, reason) == (len(raw), ["q", "1", "kettle"], None)
 
 
+@pytest.mark.slow
 def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_along(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path
 ) -> None:

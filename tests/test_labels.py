@@ -56,6 +56,7 @@ def test_the_sql_for_readers_is_the_rule_of_this_version() -> None:
     assert (DOCS / "labels.sql").read_text().endswith(tiers.LABELS_SQL)
 
 
+@pytest.mark.slow
 def test_all_readers_find_the_tiers_of_the_shared_vectors(spark: SparkSession, root: str) -> None:
     rows = VECTORS["rows"]
     pairs, probs, stored = [], [], []

@@ -77,6 +77,7 @@ def test_a_probe_of_few_pairs_does_not_hide_the_one_before_it(spark: SparkSessio
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_model_that_calls_nothing_irrelevant_has_nothing_to_probe(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS[:1])
     with pytest.raises(runs.Unmet, match=r"calls no pair Irrelevant, or has scored none .*: rescore --tables"):

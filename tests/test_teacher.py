@@ -77,6 +77,7 @@ def test_a_prompt_file_that_cannot_be_used_is_refused_with_what_is_allowed(
         teacher(**changes)
 
 
+@pytest.mark.slow
 def test_neighbours_are_the_most_alike_of_other_queries_as_comparing_all_one_by_one_says() -> None:
     rng = random.Random(1)
     words = ["steel", "kettle", "blue", "towel", "plastic", "cup", "tea", "gift", "cotton", "lamp"]

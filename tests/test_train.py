@@ -440,7 +440,7 @@ def cut_short(out: Path, checkpoints: int, left: Sequence[str] = ()) -> Path:
     return cut
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["full", "adapter"])
+@pytest.mark.parametrize("full", [pytest.param(True, marks=pytest.mark.slow), False], ids=["full", "adapter"])
 def test_a_dpo_that_goes_on_from_its_checkpoint_ends_with_the_same_weights(
     answers: Form, taught: Path, tmp_path: Path, full: bool
 ) -> None:
@@ -456,7 +456,10 @@ def test_a_dpo_that_goes_on_from_its_checkpoint_ends_with_the_same_weights(
         assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(("every", "full"), [(2, True), (1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("every", "full"),
+    [pytest.param(2, True, marks=pytest.mark.slow), pytest.param(1, True, marks=pytest.mark.slow), (2, False)],
+)
 def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
     answers: Form, taught: Path, tmp_path: Path, every: int, full: bool
 ) -> None:
