@@ -187,7 +187,9 @@ def as_the_job(model: str, cache: float) -> dict[str, Any]:
     from udfs.engine import EngineSettings, number_type, vllm_arguments
 
     on_cpu = current_platform.is_cpu()
-    return vllm_arguments(EngineSettings(model=model, dtype=number_type("auto", on_cpu), kv_cache_gib=cache), on_cpu)
+    settings = EngineSettings(model=model, dtype=number_type("auto", on_cpu), kv_cache_gib=cache)
+    # What the job tells by a function, which no command line takes.
+    return vllm_arguments(settings, on_cpu) | {"hf_overrides": {"head_dtype": "float32"}}
 
 
 def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
