@@ -276,7 +276,7 @@ def by_ray(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]
     ray.data.DataContext.get_current().enable_progress_bars = False
     config = llm.vLLMEngineProcessorConfig(
         model_source=model,
-        engine_kwargs=as_the_job(model, cache),
+        engine_kwargs=as_the_job(model, cache) | {"disable_log_stats": False},  # else no answer tells when it arrived
         batch_size=256,
         concurrency=1,
         log_engine_metrics=False,
