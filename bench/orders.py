@@ -81,9 +81,7 @@ def table(post: stages.Columns, pre: stages.Columns) -> str:
         columns.append({name: column[mine] for name, column in rows.items()})
     lines = [f"| {len(both):,} pairs | post-CoT | pre-CoT |", "|---|---|---|"]
     for name in ("macro-F1", "accuracy"):
-        measure = stages.MEASURES[name]
-        cells = [f"{measure(rows):.3f} [{low:.3f}, {high:.3f}]" for rows in columns
-                 for low, high in [stages.interval(rows, measure)]]  # fmt: skip
+        cells = [stages.cell(rows, stages.MEASURES[name]) for rows in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines.append("| answers with a label | " + " | ".join(f"{rows['labelled'].mean():.3f}" for rows in columns) + " |")
     prompt = [float(rows["computed"].mean()) for rows in columns]

@@ -232,13 +232,17 @@ def table(measured: dict[str, Columns], wanted: dict[str, Callable[[Columns], fl
     for name, measure in wanted.items():
         cells = []
         for rows in measured.values():
-            if np.isnan(found := measure(rows)):
-                cells.append("–")  # nothing was sampled, or no pair has or was given this label
-                continue
-            low, high = interval(rows, measure)
-            cells.append(f"{found:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(cell(rows, measure))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def cell(rows: Columns, measure: Callable[[Columns], float]) -> str:
+    """A measure with its interval; a dash where nothing was sampled, or no pair has or was given this label."""
+    if np.isnan(found := measure(rows)):
+        return "–"
+    low, high = interval(rows, measure)
+    return f"{found:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def by_kind(measured: dict[str, Columns]) -> str:
@@ -249,8 +253,7 @@ def by_kind(measured: dict[str, Columns]) -> str:
         cells = []
         for rows in measured.values():
             mine = {name: column[rows["kind"] == kind] for name, column in rows.items()}
-            low, high = interval(mine, MEASURES["macro-F1"])
-            cells.append(f"{MEASURES['macro-F1'](mine):.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(cell(mine, MEASURES["macro-F1"]))
         lines.append(f"| {kind} | {(kinds == kind).sum()} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

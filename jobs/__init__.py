@@ -154,15 +154,20 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
 def look_ahead(args: argparse.Namespace, made: Container[str] = ()) -> None:
     """Looks at each model that the flags name by its folder, but for folders that are yet to be `made`. Raises
     ValueError with a sentence."""
-    for name in (getattr(args, "model", None), *getattr(args, "also", ())):
-        known = name in (None, models.ACTIVE) or str(Path(name).absolute()) in made
-        if not known and (found := models.folder_of(name)):
-            if not hasattr(args, "verify"):
-                inspect(found[0])
-            elif name == args.model:
-                scoring(args, *found)
-            else:
-                scoring_beside(args, *found)
+    asks_engine = hasattr(args, "verify")
+    looks: list[tuple[str | None, Callable[[argparse.Namespace, str, str], object]]] = [
+        (getattr(args, "model", None), scoring if asks_engine else lambda _, folder, __: inspect(folder)),
+        *((name, scoring_beside) for name in getattr(args, "also", ())),
+    ]
+    for name, look in looks:
+        if name is None or str(Path(name).absolute()) not in made:
+            seen(argparse.Namespace(**{**vars(args), "model": name}), look)
+
+
+def seen(args: argparse.Namespace, look: Callable[[argparse.Namespace, str, str], T]) -> T | None:
+    """What `look` (flags, folder, stage) makes of a `--model` that is named by its folder; None for any other."""
+    found = models.folder_of(args.model) if args.model not in (None, models.ACTIVE) else None
+    return look(args, *found) if found else None
 
 
 def scoring_beside(args: argparse.Namespace, folder: str, stage: str, prompt_id: str | None = None) -> Scoring:
@@ -182,12 +187,11 @@ def opened(
 
     A model that is named by its folder is looked at before Spark starts, so that a wrong one costs no time.
     """
-    named = args.model not in (None, models.ACTIVE)
-    found = models.folder_of(args.model) if named else None
-    seen = look(args, *found) if found else None
+    ahead = seen(args, look)
     spark = delta.session(job)
     engines.watch(spark)
     engines.refuse_unfit(spark, args.tensor_parallel)
     delta.prepare(spark, args.tables)
+    named = args.model not in (None, models.ACTIVE)
     model_id = args.model if named else models.in_force(spark, args.tables)[0]
-    return spark, seen or look(args, *models.registered_folder(spark, args.tables, model_id))
+    return spark, ahead or look(args, *models.registered_folder(spark, args.tables, model_id))

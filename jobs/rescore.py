@@ -53,10 +53,11 @@ def main(argv: list[str]) -> int:
     args = flags().parse_args(argv)
     follow = args.model in (None, models.ACTIVE)
     end_when_told()
-    jobs.look_ahead(args)
-    spark, what = jobs.opened(args, JOB, jobs.scoring)
     others = [argparse.Namespace(**{**vars(args), "model": name}) for name in args.also]
-    candidates = {one.regime: one for one in (jobs.opened(other, JOB, jobs.scoring_beside)[1] for other in others)}
+    ahead = [jobs.seen(other, jobs.scoring_beside) for other in others]  # before Spark starts
+    spark, what = jobs.opened(args, JOB, jobs.scoring)
+    beside = [one or jobs.opened(other, JOB, jobs.scoring_beside)[1] for one, other in zip(ahead, others, strict=True)]
+    candidates = {one.regime: one for one in beside}
     code = 0
     while True:
         if follow:

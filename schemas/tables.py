@@ -312,21 +312,13 @@ RUNS = Table(
         Col("counts", "MAP<STRING,BIGINT>", "Rows by what became of them (seen, skipped, scored, refused, …)", True),
         Col("waves", "INT", "Commits of scored rows"),
         Col("prompt_tokens", "BIGINT", "Tokens asked: the sum of all prompts"),
-        Col(
-            "computed_tokens",
-            "BIGINT",
-            "Tokens computed for the rows written; the rest came from the prefix cache",
-        ),
+        Col("computed_tokens", "BIGINT", "Tokens computed for the rows written; the rest came from the prefix cache"),
         Col("generated_tokens", "BIGINT", "Tokens the engine wrote: samples and explanations"),
         Col("trie_nodes", "BIGINT", "Nodes of the prompts' prefix trie: the least that any cache can compute"),
         Col("block_floor", "BIGINT", "The least that a cache of whole KV blocks can compute"),
         Col("tokens_cut", "BIGINT", "Tokens of text left out by budgets and the block cut"),
         Col("engine_seconds", "DOUBLE", "Seconds the engines were at work on the rows written, summed over engines"),
-        Col(
-            "engine_loads",
-            "INT",
-            "Engines that rows came from; those that died before are in counts",
-        ),
+        Col("engine_loads", "INT", "Engines that rows came from; those that died before are in counts"),
         Col("p_outside", "DOUBLE", "Mean mass outside the four labels"),
         Col(
             "figures",

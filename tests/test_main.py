@@ -118,6 +118,14 @@ def test_a_model_that_an_earlier_job_makes_need_not_be_there_yet(tmp_path: Path)
         jobs.look_ahead(args)
 
 
+def test_a_candidate_that_is_not_there_is_told_before_the_tables_are_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatcher.main(["rescore", "--tables", str(tmp_path / "tables"), "--also", "/no/such/model"]) == 2
+    assert "there is no model folder '/no/such/model'" in capsys.readouterr().err
+    assert not (tmp_path / "tables").exists()
+
+
 def ends_with(code: int, called: list[str], name: str) -> Callable[[list[str]], int]:
     def job(_: list[str]) -> int:
         called.append(f"{name} {signal.getsignal(signal.SIGTERM) == signal.SIG_DFL}")

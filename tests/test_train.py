@@ -260,8 +260,6 @@ def test_a_group_whose_labels_are_all_alike_is_put_back_and_another_pair_drawn_i
 
 def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_path: Path) -> None:
     """Rafailov et al. 2023 (arXiv 2305.18290), equation 7, and 0.2 of the chosen answers' mean NLL a token."""
-    import torch
-
     rows = []
     for number, lesson in enumerate(lessons(answers, 4)):
         rejected = answers.target(LABELS[(number + 1) % 4], "No. So Related.")
