@@ -5,13 +5,14 @@ python -m bench.chaos --folder F [--kills 200] [--least 30] [--pairs 500] [--see
 
 Two drivers, `rescore` and `backfill`, work on one folder of tables with a fast engine that needs no model, or with
 --real with vLLM and a tiny random model (its engine lives in the Python worker and dies with it). This process kills at
-random: a driver (its Python), an executor (its JVM, which in local mode is the driver's; with --cluster there
-is a standalone cluster of two workers, and executors are processes of their own), a Python worker, an engine (which
-exits in the middle of a prompt, as a broken one does), and starts again what died. When both drivers are done, a fresh
-model's turn begins, and before each night some products get another text. Each kill that fired is a line of
-F/journal.jsonl, from which an interrupted run goes on. A reader (delta-rs) looks at `label_probs` all the while. At the
-end of each turn, every version of the tables is audited (tests/invariants.py), and the rows are compared with those
-that the engine must have given: the fast one is a pure function of the prompt, vLLM is held against plain transformers.
+random: a driver (its Python, and in half of the cases all below it, as a machine that dies), an executor (its JVM,
+which in local mode is the driver's; with --cluster there is a standalone cluster of two workers, and executors are
+processes of their own), a Python worker, an engine (which exits in the middle of a prompt, as a broken one does), and
+starts again what died. When both drivers are done, a fresh model's turn begins, and before each night some products get
+another text. Each kill that fired is a line of F/journal.jsonl, from which an interrupted run goes on. A reader
+(delta-rs) looks at `label_probs` all the while. At the end of each turn, every version of the tables is audited
+(tests/invariants.py), and the rows are compared with those that the engine must have given: the fast one is a pure
+function of the prompt, vLLM is held against plain transformers.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ class Chaos:
         self.drivers: dict[str, subprocess.Popen[bytes]] = {}
         self.before: dict[str, int] = {}  # kills before a driver began
         self.lives: dict[str, float] = {}  # until when a driver is spared
+        self.alone: set[int] = set()  # drivers (pid) that were killed themselves
+        self.gave_up: Counter[str] = Counter()  # the others that ended with an error, after a kill elsewhere
+        self.reads = 0
         self.breaches: list[str] = []
         self.ended = threading.Event()
 
@@ -114,9 +118,13 @@ class Chaos:
         self.ended.set()
         reader.join()
         merged = self.merged()
+        if merged and not self.reads:
+            self.breaches.append("the reader never read the table")
         if self.fired() and not merged:
             self.breaches.append("no wave was merged: kills came too close to each other to test anything")
-        print(f"chaos: {merged} commits of label_probs", *self.breaches[:20], sep="\n")
+        print(f"chaos: {merged} commits of label_probs, read {self.reads} times", *self.breaches[:20], sep="\n")
+        if self.gave_up:
+            print(f"chaos: ended with an error when something else was killed: {dict(self.gave_up)}")
         if recovered := self.recoveries():
             middle = statistics.median(recovered)
             print(
@@ -154,6 +162,8 @@ class Chaos:
                     if job in self.drivers and len(self.fired()) == self.before[job]:
                         self.breaches.append(f"{job} failed by itself, see {self.folder}/{job}.log")
                         return
+                    if job in self.drivers and self.drivers[job].pid not in self.alone:
+                        self.gave_up[f"{job}, exit {self.drivers[job].returncode}"] += 1
                     self.before[job] = len(self.fired())
                     self.drivers[job] = self.start(job, turn)
             wanted = self.wanted()
@@ -214,10 +224,13 @@ class Chaos:
         victim = self.random.choice(found)
         try:
             if kind == "driver":
+                self.alone.add(victim)
                 os.kill(victim, signal.SIGKILL)
-                for pid, _ in below:  # a machine that dies takes all along
+                for pid, _ in below if self.random.random() < 0.5 else []:
                     os.kill(pid, signal.SIGKILL)
             else:
+                if takes_driver:
+                    self.alone.add(self.drivers[job].pid)
                 os.kill(victim, signal.SIGKILL)
         except ProcessLookupError:
             return False
@@ -235,6 +248,7 @@ class Chaos:
                 rows = invariants.table(root, "label_probs")
             except Exception:  # noqa: S112 (not made yet)
                 continue
+            self.reads += 1
             found = invariants.one_row_a_key(rows) + invariants.simplex_or_null(rows)
             if len(rows) < most:
                 found.append(f"a reader saw {most} rows, then {len(rows)}")

@@ -119,7 +119,7 @@ def day(folder: str, count: int) -> None:
     from schemas import delta
 
     spark = delta.session("scaling")
-    delta.prepare(spark, folder)
+    delta.prepare(spark, folder, new=True)
     took, most = commits(spark, folder, count)
     few = max(1, min(100, count // 4))
     first, last = (sum(some) / few for some in (took[:few], took[-few:]))
@@ -165,7 +165,7 @@ def sizes(folder: Path, wanted: Sequence[int]) -> None:
     first: dict[str, float] = {}
     for count in wanted:
         root = str(folder / f"tables{count}")
-        delta.prepare(spark, root)
+        delta.prepare(spark, root, new=True)
         made = spark.range(count).select(
             F.concat(F.lit("kettle for "), F.col("id") % 30, F.lit(" cups")).alias("query"),
             F.concat(F.lit("k"), F.floor(F.col("id") / 30)).alias("product_id"),
@@ -206,11 +206,14 @@ def sizes(folder: Path, wanted: Sequence[int]) -> None:
         delta.drop_scratch(spark, root, night.run.run_id)
         runs.finish(spark, root, night.run, "done")
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        java: Any = spark._jvm.java.lang.Runtime.getRuntime()  # type: ignore[union-attr]
+        java.gc()
+        heap = (java.totalMemory() - java.freeMemory()) / 2**20
         for name, took in seconds.items():
             each = took / (count * math.log2(count))
             first.setdefault(name, each)
             print(f"{count:>9,} pairs: {name:<8} {took:7.1f} s, {each / first[name]:5.2f} × n log n", end="  ")
-        print(f"driver's Python {memory:,.0f} MiB, {len(line.starts)} parts", flush=True)
+        print(f"driver's Python {memory:,.0f} MiB, live heap {heap:,.0f} MiB, {len(line.starts)} parts", flush=True)
     spark.stop()
 
 

@@ -25,7 +25,7 @@ import jobs
 from jobs.rescore import add_night_flags, end_when_told, exit_code
 from partitioner import engines, models, prefix, tiers
 from partitioner.night import Night, unjudged
-from partitioner.waves import Stopped
+from partitioner.waves import Stopped, about_engine
 from schemas import delta, runs
 from schemas.crash import crash
 from schemas.labels import LABELS
@@ -72,11 +72,15 @@ def main(argv: list[str]) -> int:
     args = flags().parse_args(argv)
     end_when_told()
     spark, what = jobs.opened(args, JOB, jobs.scoring)
+    if args.model == models.ACTIVE:
+        models.refuse_other_prompt(spark, args.tables, what)
     chosen = Chosen(args.where, args.order_by, args.limit, args.sample)
     if args.sample is not None and not args.dry_run:
         in_force = tiers.active(spark, args.tables)
-        if in_force is None or in_force.model_id == what.model.model_id:
-            raise ValueError("--sample compares with the model in force, and there is none other; leave --sample away")
+        if in_force is None or (in_force.model_id, in_force.prompt_id) == what.regime:
+            raise ValueError(
+                "--sample compares with the model and prompt in force, and there are none other; leave --sample away"
+            )
         before = jobs.scoring_beside(
             args, *models.registered_folder(spark, args.tables, in_force.model_id), in_force.prompt_id
         )
@@ -158,7 +162,8 @@ def backfill(
     models.refuse_foreign_prompt(spark, root, what)
     chosen = chosen or Chosen()
     chosen.of(delta.read(spark, root, "pairs"))  # a wrong condition stops it here
-    run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id, alone=not dry_run)
+    job = f"{JOB} --dry-run" if dry_run else JOB  # of its own: a real one may start beside it
+    run = runs.start(spark, root, job, what.model.model_id, what.prompt.prompt_id, alone=not dry_run)
     fill = Backfill(spark, root, what, run)
     fill.chosen, fill.max_refused, fill.deadline = chosen, max_refused, deadline
     crash("started")
@@ -243,14 +248,15 @@ class Backfill(Night):
     def measured_rate(self) -> tuple[float, str]:
         """Tokens of work that one engine does in a second, and where that is known from; 0 where it is not."""
         mine = (F.col("model_id") == self.what.model.model_id) & (F.col("settings_hash") == self.settings_hash)
-        rows = delta.read(self.spark, self.root, "runs").where(mine & F.col("job").isin("rescore", JOB))
+        here = F.col("engine_version").endswith(" cpu") == engines.on_cpu()
+        rows = delta.read(self.spark, self.root, "runs").where(mine & here & F.col("job").isin("rescore", JOB))
         rows = rows.where(F.col("figures")["tokens_per_second"] > 0).orderBy(
             (F.col("engine_seconds") > 60).desc(), F.desc("started_at")
         )
         if row := rows.select("run_id", F.col("figures")["tokens_per_second"].alias("rate")).head():
             return float(row["rate"]), f"run {row['run_id']}"
         known = models.row(self.spark, self.root, self.what.model.model_id)
-        rate = (known["metrics"] or {}).get("tokens_per_second", 0.0) if known else 0.0
+        rate = (known["metrics"] or {}).get(f"tokens_per_second {about_engine(self.what)}", 0.0) if known else 0.0
         return float(rate), "the first-use check, a low guess"
 
     def close(self, status: str = "done", message: str | None = None) -> runs.Run:

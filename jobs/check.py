@@ -158,7 +158,8 @@ def versions() -> tuple[bool, str]:
     if not (engine := engines.package()):
         missing.append("vllm")
     if missing:
-        return True, f"{', '.join(missing)} missing; install: pip install -r requirements/cpu.txt (cuda.txt with a GPU)"
+        told = "install: make setup, or in another environment: pip install --no-deps -r requirements/cpu.txt (cuda.txt"
+        return True, f"{', '.join(missing)} missing; {told} with a GPU)"
     return False, ", ".join([*found, engine])
 
 

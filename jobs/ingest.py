@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     source = named_source(args.source, args.format, where)
 
     spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
+    delta.prepare(spark, args.tables, new=True)
     found = inputs.listed(spark, where, args.format, WANTED[flag])
     intake = Intake(spark, args.tables, source, runs.start(spark, args.tables, JOB, alone=True))
     with runs.recorded(spark, args.tables, intake.counted):

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if args.drop_model and (args.dry_run or args.table):
         raise ValueError("--drop-model goes without --dry-run and --table; without --yes it only says what would go")
     spark = delta.session(JOB)
-    delta.prepare(spark, args.tables)
+    delta.prepare(spark, args.tables, new=True)
     if args.drop_model:
         drop_model(spark, args.tables, args.drop_model, args.yes)
     else:
@@ -86,9 +86,10 @@ def maintain(
 
 
 def drop_model(spark: SparkSession, root: str, model_id: str, yes: bool) -> None:
-    """Removes a model's rows from label_probs, in one commit. Raises ValueError for the model in force, or none."""
+    """Removes a model's rows from label_probs, in one commit. Raises ValueError for the model in force, as long as
+    there are pairs, and for one without rows."""
     in_force = tiers.active(spark, root)
-    if in_force and in_force.model_id == model_id:
+    if in_force and in_force.model_id == model_id and not delta.read(spark, root, "pairs").isEmpty():
         raise ValueError(
             f"--drop-model {model_id}: it is in force (version {in_force.version} of thresholds); promote another first"
         )

@@ -247,7 +247,8 @@ def fooled(spark: SparkSession, root: str, new: Version, gates: Gates) -> list[s
     flips = [f for f in last_probe(spark, root, new) if not f["segment"] and f["measure"].startswith("flips_")]
     worst = max(flips, key=lambda f: float(f["value"]), default=None)
     if worst is None:
-        print(f"{JOB}: how easily model {new.model_id} is fooled is not known; measure it: probe --tables {root}")
+        probe = f"probe --tables {root} --model {new.model_id}"
+        print(f"{JOB}: how easily model {new.model_id} is fooled is not known; measure it: {probe}")
         return []
     found = f"{worst['value']:.2%} of {worst['n']:,} pairs that model {new.model_id} calls Irrelevant"
     way = worst["measure"].removeprefix("flips_")

@@ -170,6 +170,9 @@ def _stream(night: Night, checkpoint: str, every: str | None, retry_failed: bool
         # It points at changes whose files may be gone. Without it all pairs are looked at; judged ones are skipped.
         print(f"{JOB}: {checkpoint} rested for more than {delta.KEPT_DAYS} days and is begun anew", flush=True)
         delta.drop(spark, checkpoint)
+    elif delta.follows_another(spark, root, "pairs", checkpoint):
+        print(f"{JOB}: pairs was made anew, so {checkpoint} is too", flush=True)
+        delta.drop(spark, checkpoint)
     writer = delta.changes(spark, root, "pairs").writeStream.foreachBatch(night.batch)
     writer = writer.option("checkpointLocation", checkpoint)
     writer = writer.trigger(processingTime=every) if every else writer.trigger(availableNow=True)

@@ -37,19 +37,21 @@ def main(argv: list[str]) -> int:
             f"there are no tables under {args.tables!r}; make them: ingest --tables {args.tables} --pairs FILE"
         )
     if args.statement is not None:
-        return 0 if _ask(spark, args.statement, args.rows, args.width) else 2
+        return 0 if _ask(spark, args.tables, args.statement, args.rows, args.width) else 2
     print(f"tables: {', '.join(there)}")
     while True:
         print("sql> ", end="", flush=True)
         statement = sys.stdin.readline().strip()
         if not statement:
             return 0
-        _ask(spark, statement, args.rows, args.width)
+        _ask(spark, args.tables, statement, args.rows, args.width)
 
 
-def _ask(spark: SparkSession, statement: str, rows: int, width: int) -> bool:
+def _ask(spark: SparkSession, root: str, statement: str, rows: int, width: int) -> bool:
     try:
-        spark.sql(statement.rstrip().rstrip(";")).show(rows, truncate=width or False)
+        with delta.alone(spark, root):  # a statement that changes a table does so at once; a query is answered after it
+            asked = spark.sql(statement.rstrip().rstrip(";"))
+        asked.show(rows, truncate=width or False)
     except PySparkException as error:
         # The first line says it; the plan and the JVM's stack do not help whoever wrote the SQL.
         print(f"sql: {runs.in_a_line(error)}", file=sys.stderr)

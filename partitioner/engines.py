@@ -26,6 +26,7 @@ from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from schemas import runs
 from udfs.engine import THREADS, threads_of_machine
@@ -34,6 +35,7 @@ from udfs.stream import Batches
 TOUCH_SECONDS = 25.0  # Spark looks every ten seconds for workers idle for sixty
 ABSENT_SECONDS = 600.0  # so long without any executor, after there were some: they do not come back
 LOOK_SECONDS = 15.0
+TRIES = 3  # of a task: see udfs/stream.py, _died_before
 _GPUS = "spark.executor.resource.gpu.amount"
 _POOL = "spark.scheduler.pool"
 _GROUP = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
@@ -84,13 +86,14 @@ def settled(spark: SparkSession) -> int:
 
 
 def refuse_unfit(spark: SparkSession, tensor_parallel: int) -> None:
-    """Raises ValueError where a task has one try, where executors come and go, and where one has more or fewer GPUs
-    than one engine asks for, or none for an engine that is built for them. With two engines in one, a new worker could
-    be given the GPU on which the other's engine sits: Spark hands out GPUs and idle workers apart.
+    """Raises ValueError where a task has too few tries, where executors come and go, and where one has more or fewer
+    GPUs than one engine asks for, or none for an engine that is built for them. With two engines in one, a new worker
+    could be given the GPU on which the other's engine sits: Spark hands out GPUs and idle workers apart.
     """
-    if _tries(spark) < 2:
+    if (tries := _tries(spark)) < TRIES:
         raise ValueError(
-            "Spark tries a task once here, and the shard of an engine that dies needs a second try; start with "
+            f"Spark tries a task {tries} time{'s' * (tries > 1)} here; a shard on which an engine died needs a second "
+            "try, and a pair alone, on which it died again, a third, in which it gets its row; start with "
             + ("--master 'local[*,4]'" if is_local(spark) else "--conf spark.task.maxFailures=4")
         )
     if is_local(spark):
@@ -100,7 +103,9 @@ def refuse_unfit(spark: SparkSession, tensor_parallel: int) -> None:
             "Spark would start and end executors as it sees fit, and each new one loads the engine; start with "
             "--conf spark.dynamicAllocation.enabled=false and say how many there are (YARN: --num-executors N)"
         )
-    cores, gpus = _cores(spark), gpus_per_executor(spark)
+    if not (gpus := gpus_per_executor(spark)):
+        settled(spark)
+    cores = _cores(spark)
     if not gpus and cores and 2 * min(cores) <= max(cores):
         raise ValueError(
             f"the executors have {min(cores)} to {max(cores)} cores, and one scoring task takes those of the smallest: "
@@ -264,7 +269,7 @@ def each(spark: SparkSession, tensor_parallel: int, task: Callable[[Batches], Ba
     """Runs a task, a function for `mapInArrow`, in the worker of each engine."""
     number = count(spark)
     with own_workers(spark):
-        rows = spark.range(number).repartition(number)
+        rows = spark.range(number).repartitionById(number, F.col("id").cast("int"))
         rows.mapInArrow(task, "id BIGINT", profile=profile(spark, tensor_parallel)).collect()
 
 
@@ -322,6 +327,13 @@ def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
 def may_have_ended() -> bool:
     """Whether the engines' workers rested so long that Spark may have ended them, as between two jobs of one line."""
     return time.monotonic() - _used > 60.0
+
+
+def may_be_silent(spark: SparkSession, seconds: float) -> None:
+    """Python workers may say nothing for so long; Spark ends those that are silent for longer."""
+    told = float(spark.sparkContext.getConf().get("spark.python.worker.idleTimeoutSeconds", "0"))
+    if told and told <= seconds:
+        spark.conf.set("spark.sql.execution.pyspark.udf.idleTimeoutSeconds", int(seconds) + 60)
 
 
 def end(spark: SparkSession, tensor_parallel: int = 1) -> None:

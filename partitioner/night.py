@@ -216,7 +216,7 @@ class Night(Waves):
         groups = line.rows.groupBy(*by).agg(F.max(second).alias("once"), F.sum("group_tokens").alias("each"))
         other = groups.agg(F.sum("once") + F.sum("each")).collect()[0][0]
         other -= self.what.prompt.head * (line.prompts - 1)  # which all share
-        self._measure(other_order_tokens=float(other))
+        self._measure(other_order_tokens=self.run.figures.get("other_order_tokens", 0.0) + other)
         print(
             f"{self.run.job}: {self.what.prompt.first} first computes {line.trie_nodes:,} tokens with a perfect cache; "
             f"the other order would compute about {other:,}",

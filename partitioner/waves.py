@@ -34,7 +34,7 @@ from schemas.delta import GaveUp
 from schemas.labels import P_COLUMNS
 from udfs import selfcheck
 from udfs.answer import Form
-from udfs.engine import EngineSettings, Sampling
+from udfs.engine import EngineSettings, Sampling, silent_seconds
 from udfs.sample import sampled_schema, sampler
 from udfs.score import Scoring, scored_schema, scorer
 from udfs.stream import loader
@@ -81,6 +81,12 @@ class Stopped(Exception):
 
 class TooManyRefused(RuntimeError):
     """More rows without an answer than the operator allows."""
+
+
+def about_engine(what: Scoring) -> str:
+    """What a model's first use is known by: other settings, another prompt or another build of the engine are another
+    engine, with its own noise and pace."""
+    return f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
 
 
 class Waves(ABC):
@@ -182,6 +188,7 @@ class Waves(ABC):
         if Waves._held not in (None, self.what.settings):
             engines.end(self.spark, self.what.settings.tensor_parallel)
         Waves._held = self.what.settings
+        engines.may_be_silent(self.spark, silent_seconds(self.what.settings))
 
     def begin_loading(self) -> None:
         """Has the engines loaded while the driver plans; there must be something to do for them."""
@@ -207,13 +214,19 @@ class Waves(ABC):
             self._rate = min(self._rate, self._checked)  # a batch before may have found its prefixes cached
             return
         what = self.what
-        about = f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
+        about = about_engine(what)
         row = models.row(self.spark, self.root, what.model.model_id)
         metrics, config = (dict((row[name] if row else None) or {}) for name in ("metrics", "config"))
         if f"self_check_dp {about}" in metrics:
-            self._rate = self._checked = metrics.get("tokens_per_second", 0.0)
+            self._rate = self._checked = metrics.get(f"tokens_per_second {about}", 0.0)
             self.known = [Canary(**canary) for canary in json.loads(config.get(f"canaries {about}", "[]"))]
             return
+        known = selfcheck.canaries(what.model, what.prompt)
+        if (longest := max((len(ids) for ids, _ in known), default=0)) >= what.settings.max_model_len:
+            raise runs.Unmet(
+                f"{what.model.canaries_file} has a prompt of {longest:,} tokens, and --max-model-len is "
+                f"{what.settings.max_model_len:,}: give a larger one, or shorten that canary"
+            )
         # From all over the line: its first prompts are of one product, which may be the one that kills engines.
         fitting = line.rows.where(F.size("ids") < what.settings.max_model_len)
         chosen = fitting.orderBy(F.xxhash64("ids")).select("ids").limit(CHECKED_PROMPTS)
@@ -221,9 +234,7 @@ class Waves(ABC):
         if not sample:
             models.register(self.spark, self.root, what.model, what.stage)  # and the next batch checks
             return
-        check = selfcheck.checker(
-            what.settings, what.prompt.label_ids, sample, selfcheck.canaries(what.model, what.prompt), what.load_engine
-        )
+        check = selfcheck.checker(what.settings, what.prompt.label_ids, sample, known, what.load_engine)
         with self.timed("check"), self.cancellable("check"), engines.own_workers(self.spark):
             found = (
                 self.spark.range(1)
@@ -262,7 +273,7 @@ class Waves(ABC):
             self.root,
             what.model,
             what.stage,
-            metrics={f"self_check_dp {about}": found["self_check_dp"], "tokens_per_second": self._rate},
+            metrics={f"self_check_dp {about}": found["self_check_dp"], f"tokens_per_second {about}": self._rate},
             config={f"canaries {about}": json.dumps([asdict(canary) for canary in self.known])},
         )
         self._checked = self._rate

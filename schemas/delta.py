@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from delta.exceptions import (
@@ -25,6 +26,8 @@ from delta.exceptions import (
     ConcurrentTransactionException,
     ConcurrentWriteException,
     DeltaConcurrentModificationException,
+    MetadataChangedException,
+    ProtocolChangedException,
 )
 from delta.tables import DeltaMergeBuilder, DeltaTable
 from py4j.protocol import Py4JError
@@ -90,6 +93,8 @@ _LOST_RACES = (
     ConcurrentTransactionException,
     ConcurrentWriteException,
     DeltaConcurrentModificationException,
+    MetadataChangedException,
+    ProtocolChangedException,
 )
 _R = TypeVar("_R")
 
@@ -151,29 +156,32 @@ def exists(spark: SparkSession, root: str, name: str) -> bool:
     return DeltaTable.isDeltaTable(spark, path(root, name))
 
 
-def prepare(spark: SparkSession, root: str) -> None:
+def prepare(spark: SparkSession, root: str, new: bool = False) -> None:
     """Creates the tables that are missing under `root`, in one commit each, and checks those that are there.
 
     Raises ValueError with every difference where a table does not fit: tables are never changed on the side. And where
-    two jobs at once could lose each other's commits without noticing.
+    two jobs at once could lose each other's commits without noticing; and, but for a job that brings the first rows
+    (`new`), where there is no table of pairs: a mistyped folder is not to be filled with tables.
     """
     refuse_silent_loss(spark, root)
+    if not new:
+        read(spark, root, "pairs")
     for table in TABLES.values():
         if not exists(spark, root, table.name):
-            with alone(spark, root):
+            with alone(spark, root), suppress(*_LOST_RACES):  # another job made it at the same moment
                 spark.sql(ddl(root, table))
         differences = misfits(spark, root, table)
         if differences:
             raise ValueError(
                 f"table {path(root, table.name)} does not fit this version of the project: "
                 + "; ".join(differences)
-                + ". Nothing was written. Mend it with ALTER TABLE as named, or use another --tables folder."
+                + ". Nothing was written. Mend it as named, or use another --tables folder."
             )
 
 
 def refuse_silent_loss(spark: SparkSession, root: str) -> None:
     """S3 takes the place of an object without a word, so there Delta sees no second writer unless it is told how."""
-    scheme = root.partition(":")[0].lower() if files.is_uri(root) else ""
+    scheme = str(storage_of(spark, root)[0].getScheme()).lower()  # a plain path may be of S3 too
     key = f"spark.delta.logStore.{scheme}.impl"
     if scheme in ("s3", "s3a", "s3n") and not spark.sparkContext.getConf().get(key):
         raise ValueError(
@@ -197,6 +205,15 @@ def storage_of(spark: SparkSession, where: str) -> tuple[Any, Any]:
     jvm: Any = spark._jvm
     path = jvm.org.apache.hadoop.fs.Path(where)
     return path.getFileSystem(spark._jsc.hadoopConfiguration()), path
+
+
+def text_of(jvm: Any, storage: Any, path: Any) -> str:
+    """What a small file holds."""
+    stream = storage.open(path)
+    try:
+        return str(jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+    finally:
+        stream.close()
 
 
 @contextmanager
@@ -263,10 +280,12 @@ def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
             continue
         has = found[column.name]
         if has.dataType.simpleString().upper() != column.type:
-            differences.append(f"column {column.name} is {has.dataType.simpleString()}, wanted {column.type.lower()}")
+            differences.append(
+                f"column {column.name} is {has.dataType.simpleString()}, wanted {column.type.lower()} ({anew})"
+            )
         if column.required and has.nullable:
             differences.append(f"column {column.name} may be null ({anew})")
-    differences += [f"column {name} is not in the contract" for name in found if name not in table.names]
+    differences += [f"column {name} is not in the contract ({anew})" for name in found if name not in table.names]
     properties, entries = {}, snapshot.metadata().configuration().iterator()
     while entries.hasNext():
         entry = entries.next()
@@ -280,7 +299,7 @@ def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
                 mend = f"ALTER TABLE {where} SET TBLPROPERTIES ('{key}' = '{value}')"
             differences.append(f"property {key} is not {value!r} ({mend})")
     if (reader := snapshot.protocol().minReaderVersion()) > 1:
-        differences.append(f"reader protocol is {reader}, wanted 1 (other readers need it)")
+        differences.append(f"reader protocol is {reader}, wanted 1, for other readers ({anew})")
     return differences
 
 
@@ -349,6 +368,18 @@ def land(spark: SparkSession, root: str, run_id: str, name: str, frame: DataFram
 def checkpoint(root: str, model_id: str = "", prompt_id: str = "") -> str:
     """Where the nightly stream of a model and prompt keeps how far it looked; without them, where all of them do."""
     return f"{root.rstrip('/')}/_checkpoints/rescore" + (f"/{model_id}-{prompt_id}" if model_id else "")
+
+
+def follows_another(spark: SparkSession, root: str, name: str, checkpoint: str) -> bool:
+    """Whether the stream of a checkpoint follows a table that lay in the place of this one, and was made anew since:
+    Delta refuses to go on with it."""
+    offsets = f"{checkpoint}/offsets"
+    last = max((int(name) for name in inside(spark, offsets) if name.isdecimal()), default=None)
+    if last is None:
+        return False
+    text = text_of(spark._jvm, *storage_of(spark, f"{offsets}/{last}"))
+    followed = set(re.findall(r'"reservoirId":"([^"]+)"', text))
+    return bool(followed) and str(_snapshot(spark, root, name).metadata().id()) not in followed
 
 
 def drop_scratch(spark: SparkSession, root: str, run_id: str, name: str = "") -> None:

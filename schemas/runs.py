@@ -111,10 +111,12 @@ def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: st
         return start(spark, root, job, model_id, prompt_id, settings_hash, alone=True)
     refuse_second(spark, root, job, model_id, prompt_id)
     run = replace(Run(**row.asDict()), status="running", message=None, finished_at=None, counts={})
+    lease = _lease(spark, root, run.run_id)
+    lease.take()  # before the row says that it runs: one that does without a lease is closed as lost
     if not delta.upsert(spark, root, "runs", _row(spark, run), "old.status <> 'running'")["updated"]:
         # Another one went on with it at the same moment; where that has ended since, it is this one's turn.
+        lease.leave()
         return begin(spark, root, job, model_id, prompt_id, settings_hash)
-    _lease(spark, root, run.run_id).take()
     last = run
     return run
 
@@ -151,11 +153,15 @@ def recorded(spark: SparkSession, root: str, now: Callable[[], Run]) -> Iterator
 
 
 def in_a_line(error: BaseException) -> str:
-    """What an error says, without its pages; of Java's what Java said, and where a worker failed what that one said."""
+    """What an error says, without its pages: where a worker failed what that one said; else what Java said, and what
+    it was caused by, such as a storage that is full."""
     text = str(error.java_exception) if isinstance(error, Py4JJavaError) else str(error)
     told = (text.strip() or repr(error)).splitlines()[0]
     _, there, trace = text.rpartition("Traceback (most recent call last):\n")
-    return next((line for line in trace.splitlines() if line.strip() == line != ""), told) if there else told
+    if there:
+        return next((line for line in trace.splitlines() if line.strip() == line != ""), told)
+    *_, cause = ["", *(line.removeprefix("Caused by: ") for line in text.splitlines() if line[:11] == "Caused by: ")]
+    return told if cause in told else f"{told} ({cause})"
 
 
 def write(spark: SparkSession, root: str, run: Run) -> None:
@@ -237,7 +243,7 @@ def _lease(spark: SparkSession, root: str, run_id: str) -> Lease:
 class Lease:
     """A file that says who is at work. Held while its process lives (same host), or was renewed lately (another)."""
 
-    _renewed: dict[str, threading.Event] = {}  # noqa: RUF012 (of this process, by file)
+    _renewed: dict[str, list[threading.Event]] = {}  # noqa: RUF012 (of this process, by file)
 
     def __init__(self, spark: SparkSession, file: str) -> None:
         self._file = file
@@ -247,7 +253,8 @@ class Lease:
     def take(self) -> None:
         """Takes the lease and renews it from a thread until `give_up` or the end of this process."""
         self._sign()
-        ended = self._renewed[self._file] = threading.Event()
+        ended = threading.Event()
+        self._renewed.setdefault(self._file, []).append(ended)
 
         def renew() -> None:
             while not ended.wait(RENEWED_SECONDS):
@@ -266,21 +273,20 @@ class Lease:
         finally:
             stream.close()
 
+    def leave(self) -> None:
+        """Leaves it to another holder, who signs it when it is renewed next."""
+        self._renewed[self._file].pop().set()
+
     def give_up(self) -> None:
         """Ends it."""
-        if ended := self._renewed.pop(self._file, None):
+        for ended in self._renewed.pop(self._file, []):
             ended.set()
         self._storage.delete(self._path, False)
 
     def holder(self) -> dict[str, Any]:
         """Who signed it last: host, pid, born (start of the process); empty where nobody, or right now."""
         try:
-            stream = self._storage.open(self._path)
-            try:
-                text = str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
-            finally:
-                stream.close()
-            found: dict[str, Any] = json.loads(text)
+            found: dict[str, Any] = json.loads(delta.text_of(self._jvm, self._storage, self._path))
             return found
         except (Py4JJavaError, ValueError):  # no file, or it is being written at this moment: Java's side, or half JSON
             return {}

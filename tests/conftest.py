@@ -50,7 +50,7 @@ def empty_tables(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) 
     from schemas import delta
 
     folder = tmp_path_factory.mktemp("empty") / "tables"
-    delta.prepare(spark, str(folder))
+    delta.prepare(spark, str(folder), new=True)
     return folder
 
 

@@ -38,7 +38,7 @@ class FakeEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.id = uuid.uuid4().hex
-        self.version = f"fake {os.getpid()}"
+        self.version = f"fake {os.getpid()} cpu"
         self.dtype = "float32"
         self.max_model_len = settings.max_model_len
         self.block = settings.block_size

@@ -56,11 +56,14 @@ def simplex_or_null(rows: Rows) -> list[str]:
 
 def conserved(rows: Rows, pairs: Rows, model_id: str) -> list[str]:
     """4 and 5, at the end: each pair has one row of the model, of its present text; no row is without its pair."""
-    text = {row["pair_id"]: row["content_hash"] for row in pairs}
-    judged = {row["pair_id"]: row["content_hash"] for row in rows if row["model_id"] == model_id}
-    found = [f"pair {pair} is lost" for pair in text.keys() - judged.keys()]
-    found += [f"row {pair} is of no pair" for pair in judged.keys() - text.keys()]
-    return found + [f"{pair} has old text" for pair in text.keys() & judged.keys() if text[pair] != judged[pair]]
+    text, found = {row["pair_id"]: row["content_hash"] for row in pairs}, []
+    mine = [row for row in rows if row["model_id"] == model_id]
+    for prompt in {row["prompt_id"] for row in mine} or {""}:
+        judged = {row["pair_id"]: row["content_hash"] for row in mine if row["prompt_id"] == prompt}
+        found += [f"pair {pair} is lost" for pair in text.keys() - judged.keys()]
+        found += [f"row {pair} is of no pair" for pair in judged.keys() - text.keys()]
+        found += [f"{pair} has old text" for pair in text.keys() & judged.keys() if text[pair] != judged[pair]]
+    return found
 
 
 def never_back(before: Rows, after: Rows) -> list[str]:
@@ -91,6 +94,17 @@ def accounted(runs: Rows) -> list[str]:
     return found
 
 
+def told_as_written(runs: Rows, written: Counter[str]) -> list[str]:
+    """4, of what the log tells: a run that is done wrote as many rows as it says. `written`: rows by run_id that one
+    version or another brought."""
+    found = []
+    for run in runs:
+        told = dict(run["figures"]).get("rows_written")
+        if run["status"] == "done" and told is not None and told != written[run["run_id"]]:
+            found.append(f"run {run['run_id']} tells of {told:.0f} rows and wrote {written[run['run_id']]}")
+    return found
+
+
 def one_regime(thresholds: Rows) -> list[str]:
     """8: at most one version of thresholds is active, with one cut a segment and boundary."""
     active = [row for row in thresholds if row["status"] == "active"]
@@ -105,14 +119,18 @@ def audit(root: str, *models: str) -> list[str]:
     found: list[str] = []
     before: Rows = []
     waves: set[str] = set()
+    written: Counter[str] = Counter()
     for number, rows in enumerate(versions(root, "label_probs")):
         breaches = one_row_a_key(rows) + simplex_or_null(rows)
         breaches += never_back(before, rows) + whole_waves(before, rows, waves)
         found += [f"version {number}: {breach}" for breach in breaches]
+        known = {(key(row), row["wave_id"]) for row in before}
+        written.update(row["run_id"] for row in rows if (key(row), row["wave_id"]) not in known)
         before = rows
     for number, cuts in enumerate(versions(root, "thresholds")):
         found += [f"thresholds@{number}: {breach}" for breach in one_regime(cuts)]
-    found += accounted(table(root, "runs"))
+    told = table(root, "runs")
+    found += accounted(told) + told_as_written(told, written)
     pairs = table(root, "pairs")
     for model in models:
         found += conserved(before, pairs, model)

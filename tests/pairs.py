@@ -32,7 +32,7 @@ def scoring(max_model_len: int = 512, **prompt: Any) -> Scoring:
 
 def put(spark: SparkSession, root: str, products: list[Any], queries: list[str] = QUERIES) -> None:
     """Every query with every product into `pairs`, as ingest does."""
-    delta.prepare(spark, root)
+    delta.prepare(spark, root, new=True)
     schema = "product_id STRING, title STRING, attributes MAP<STRING,STRING>, description STRING"
     rows = (
         spark.createDataFrame(products, schema)

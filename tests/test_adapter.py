@@ -24,6 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("base") / "model")
 
 
+@pytest.mark.slow  # builds the demo's base
 def test_the_shipped_adapter_is_small_whole_and_that_of_its_base_and_prompt() -> None:
     folder = REPO / "demo" / "adapter"
     assert sum(file.stat().st_size for file in folder.glob("adapter*")) <= 20 << 20

@@ -14,12 +14,15 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from jobs import rescore as job
-from jobs.backfill import Chosen, backfill, condition, shifts
-from partitioner import prefix, waves
+from jobs.backfill import Chosen, backfill, condition, main, shifts
+from partitioner import models, prefix, waves
 from partitioner.night import Night, in_portions
 from schemas import delta, runs
 from tests import invariants, judged
+from tests.models import tiny_model
 from tests.pairs import PRODUCTS, QUERIES, probs, put, scoring
+from udfs.model import inspect
+from udfs.prompt import load
 
 MODEL = "0123456789abcdef"
 
@@ -220,6 +223,25 @@ def test_a_new_model_fills_beside_the_old_one_and_a_sample_shows_how_tiers_shift
 
 
 @pytest.mark.slow
+def test_the_model_in_force_is_asked_with_the_prompt_in_force_and_another_prompt_of_it_may_be_sampled(
+    spark: SparkSession, root: str, tmp_path: Path
+) -> None:
+    put(spark, root, PRODUCTS, QUERIES[:1])
+    model = inspect(str(tiny_model(tmp_path / "model")))
+    models.register(spark, root, model, "external")
+    prompt = load(model.prompt_file or "", model.tokenizer_json, model.vocab_size)
+    cuts = [{**cut, "model_id": model.model_id} for cut in judged.cuts(1, {"": (0.5, 0.5, 0.5)}, "active")]
+    judged.fill(spark, root, "thresholds", cuts)
+    for flags in (["--model", "active"], ["--model", model.path, "--sample", "1%"]):
+        with pytest.raises(ValueError, match=f"the thresholds in force are of prompt {judged.PROMPT}"):
+            main(["--tables", root, *flags])
+    delta.update(spark, root, "thresholds", F.lit(True), {"prompt_id": F.lit(prompt.prompt_id)})
+    with pytest.raises(ValueError, match="model and prompt in force, and there are none other"):
+        main(["--tables", root, "--model", model.path, "--sample", "1%"])
+    assert not invariants.table(root, "runs")
+
+
+@pytest.mark.slow
 def test_a_second_run_of_its_like_is_refused_while_the_first_is_alive(spark: SparkSession, root: str) -> None:
     put(spark, root, PRODUCTS, QUERIES[:1])
     what = scoring()
@@ -241,7 +263,7 @@ def test_a_second_run_of_its_like_is_refused_while_the_first_is_alive(spark: Spa
 def test_of_two_runs_that_looked_at_the_same_moment_the_one_whose_row_came_second_gives_way(
     spark: SparkSession, root: str
 ) -> None:
-    delta.prepare(spark, root)
+    delta.prepare(spark, root, new=True)
     before = delta.version(spark, root, "runs")
     for name in ("z", "a"):
         run = runs.Run(name, "backfill", "running", judged.NOW, model_id=MODEL, prompt_id="p")

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.chaos import wrong_answers
 from tests import cluster as standalone
 from tests import invariants
 from tests.cluster import cluster
 from tests.conftest import REPO
+from tests.pairs import scoring
 
 # A driver of its own: one Python process can hold one Spark alone. Each task says where it ran, when and on which GPU.
 DRIVER = """
@@ -61,14 +66,14 @@ from tests.conftest import QUICK
 from tests.engines import load_uneven
 from tests.pairs import put, scoring
 
-master, root, folder = sys.argv[1:]
+master, root, folder, products = sys.argv[1:]
 waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 2000
 conf = {"spark.driver.host": "127.0.0.1", "spark.executor.resource.gpu.amount": "1", "spark.executor.memory": "1g"}
 spark = delta.session("night", {**QUICK, **conf, "spark.master": master})
 until = time.time() + 60
 while spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() < 3 and time.time() < until:
     time.sleep(0.1)
-put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(60)])
+put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(int(products))])
 what = scoring()
 what = replace(what, settings=replace(what.settings, model=folder), load_engine=load_uneven)
 asked, land = [], waves.Waves._land
@@ -135,7 +140,7 @@ def test_an_executor_runs_one_scoring_task_at_a_time_which_has_all_gpus_of_its_e
 def test_an_engine_that_is_done_with_its_shard_goes_on_with_the_next_wave_while_another_is_slow(tmp_path: Path) -> None:
     root = tmp_path / "tables"
     with cluster(tmp_path / "cluster", cores=2, gpus=1) as running:
-        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(tmp_path)]
+        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(tmp_path), "60"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False, cwd=REPO)
     assert done.returncode == 0, done.stderr[-6000:]
     told = json.loads(done.stdout.splitlines()[-1])
@@ -157,6 +162,28 @@ def test_an_engine_that_is_done_with_its_shard_goes_on_with_the_next_wave_while_
     assert told["seconds_scoring"] <= told["seconds_total"]
     assert told["seconds_other"] >= 0
     assert not invariants.audit(str(root), "0123456789abcdef") + invariants.left(str(root))
+
+
+@pytest.mark.slow
+def test_an_executor_that_is_killed_in_the_middle_of_a_wave_costs_its_shard_and_no_row(tmp_path: Path) -> None:
+    root = tmp_path / "tables"
+    with cluster(tmp_path / "cluster", cores=2, gpus=1) as running:
+        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(tmp_path), "24"]
+        with open(tmp_path / "said", "wb") as said:
+            night = subprocess.Popen(words, stdout=said, stderr=said, cwd=REPO)
+        first = root / "label_probs" / "_delta_log" / f"{1:020}.json"
+        until = time.monotonic() + 200
+        while not first.exists() and night.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        (slow,) = (pid for pid, words in running.processes(0).items() if "CoarseGrainedExecutorBackend" in words)
+        os.kill(slow, signal.SIGKILL)
+        night.wait(300)
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert night.returncode == 0, lines[-100:]
+    told = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+    assert (told["counts"]["scored"], told["counts"]["refused"]) == (96, 0)
+    assert not invariants.audit(str(root), "0123456789abcdef") + invariants.left(str(root))
+    assert not wrong_answers(str(root), 0x0123456789ABCDEF, scoring(), real=False)
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -22,6 +25,7 @@ from pyspark.sql import functions as F
 
 from schemas import delta, runs, tables
 from tests import invariants
+from tests.conftest import REPO
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -196,6 +200,8 @@ def test_what_a_worker_said_is_the_line_that_is_kept_of_its_error(spark: SparkSe
         spark.range(1).mapInArrow(fails, "id BIGINT").collect()
     assert runs.in_a_line(raised.value) == "RuntimeError: model folder /m changed: model.safetensors"
     assert runs.in_a_line(ValueError("one\ntwo")) == "one"
+    told = "Job aborted.\n\tat Some.java\nCaused by: a.B: not written\n\tat Other.java\nCaused by: c.IOException: full"
+    assert runs.in_a_line(RuntimeError(told)) == "Job aborted. (c.IOException: full)"
 
 
 @pytest.mark.slow
@@ -221,6 +227,28 @@ def test_a_run_is_one_row_from_start_to_end(spark: SparkSession, root: str) -> N
     assert [r["status"] for r in delta.read(spark, root, "runs").collect()] == ["running"]
     runs.finish(spark, root, run, "failed", "disk full")
     assert [(r["status"], r["message"]) for r in delta.read(spark, root, "runs").collect()] == [("failed", "disk full")]
+
+
+def test_a_folder_without_pairs_is_not_filled_with_tables_by_a_job_that_reads_them(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"there is no table 'pairs' under .*/mistyped'; make it with: ingest --tables"
+    ):
+        delta.prepare(spark, str(tmp_path / "mistyped"))
+    assert not list(tmp_path.glob("mistyped/*"))
+
+
+@pytest.mark.slow
+def test_what_keeps_rows_from_coming_twice_cannot_be_turned_off() -> None:
+    script = (
+        "from schemas import delta; s = delta.session('x'); c = s.sparkContext.getConf(); "
+        "print(c.get('spark.speculation'), s.conf.get('spark.databricks.delta.commit.idempotencyCheck.enabled'))"
+    )
+    given = "--master local[1] --conf spark.speculation=true --packages " + delta.PACKAGE + " pyspark-shell"
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "PYSPARK_SUBMIT_ARGS": given}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["false", "true"]
 
 
 def test_names_outside_the_contract_reach_no_path(spark: SparkSession, root: str) -> None:

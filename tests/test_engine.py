@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
 
 from tests.conftest import REPO
 from tests.models import tiny_model
@@ -157,6 +156,8 @@ def test_the_engine_is_told_what_was_asked_for_or_what_its_device_wants() -> Non
 @pytest.mark.slow
 @pytest.mark.slow
 def test_the_head_is_in_float32_also_where_the_decoder_has_a_configuration_of_its_own() -> None:
+    from transformers import AutoConfig
+
     for config in (AutoConfig.for_model("llama"), AutoConfig.for_model("gemma3")):
         changed = with_fp32_head(config)
         assert {changed.head_dtype, changed.get_text_config().head_dtype} == {"float32"}

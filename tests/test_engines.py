@@ -14,7 +14,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from partitioner import engines
-from udfs.engine import threads_of_task
+from udfs.engine import EngineSettings, silent_seconds, threads_of_task
 
 
 def told(spark: SparkSession) -> tuple[int, str]:
@@ -158,18 +158,32 @@ def test_an_engine_built_for_gpus_is_not_started_where_spark_gives_none(
         ("local", "4", r"local\[\*,4\]"),
         ("local[2]", "4", r"local\[\*,4\]"),
         ("local[*, 1]", "4", r"local\[\*,4\]"),
-        ("spark://h:7077", "1", "maxFailures=4"),
-        ("local[*,4]", "1", None),
-        ("yarn", "2", None),
+        ("local[*,2]", "4", r"a task 2 times here.*local\[\*,4\]"),
+        ("spark://h:7077", "1", "a task 1 time here.*maxFailures=4"),
+        ("yarn", "2", "maxFailures=4"),
+        ("local[*,3]", "1", None),
+        ("yarn", "3", None),
     ],
 )
-def test_a_task_needs_a_second_try(master: str, failures: str, mend: str | None) -> None:
+def test_a_task_needs_a_third_try(master: str, failures: str, mend: str | None) -> None:
     conf = {"spark.task.maxFailures": failures}
     context = SimpleNamespace(master=master, getConf=lambda: conf)
-    assert (engines._tries(SimpleNamespace(sparkContext=context)) < 2) == (mend is not None)  # type: ignore[arg-type]
+    assert (engines._tries(SimpleNamespace(sparkContext=context)) < engines.TRIES) == (mend is not None)  # type: ignore[arg-type]
     if mend:
         with pytest.raises(ValueError, match=mend):
             engines.refuse_unfit(SimpleNamespace(sparkContext=context), 1)  # type: ignore[arg-type]
+
+
+def test_a_worker_may_be_silent_for_as_long_as_its_model_may_take_to_load(spark: SparkSession) -> None:
+    key = "spark.sql.execution.pyspark.udf.idleTimeoutSeconds"
+    small, large = (silent_seconds(EngineSettings("m", (("w", size, ""),))) for size in (2**28, 140 * 2**30))
+    try:
+        engines.may_be_silent(spark, small)
+        assert spark.conf.get(key, "unset") in ("unset", "1800")
+        engines.may_be_silent(spark, large)
+        assert int(spark.conf.get(key) or 0) > large > 3600
+    finally:
+        spark.conf.unset(key)
 
 
 def test_only_the_thread_that_asks_for_an_engines_workers_gets_them(spark: SparkSession) -> None:

@@ -61,6 +61,7 @@ def scored_but_for_two(spark: SparkSession, root: str, what: Scoring) -> str:
     return f"SELECT pair_id FROM ({KETTLES}) UNION ALL SELECT 'none such'"
 
 
+@pytest.mark.slow
 def test_the_chosen_pairs_get_the_chain_that_follows_their_likeliest_label(
     spark: SparkSession, root: str, what: Scoring, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,22 @@ def test_small_files_are_joined_and_no_row_changes(spark: SparkSession, root: st
 
 
 @pytest.mark.slow
+def test_only_files_that_no_version_of_the_last_days_needs_are_removed(spark: SparkSession, root: str) -> None:
+    for i in range(3):
+        judged.fill(spark, root, "label_probs", [judged.scored(i, "q", [0.7, 0.1, 0.1, 0.1])])
+    version = delta.version(spark, root, "label_probs")
+    for days, name in ((8, "old"), (6, "new")):  # as a commit that failed leaves them
+        file = Path(root) / "label_probs" / f"part-{name}.parquet"
+        file.write_bytes(b"")
+        os.utime(file, (time.time() - 86_400 * days,) * 2)
+    job.maintain(spark, root, ["label_probs"])
+    run = delta.read(spark, root, "runs").collect()[0]
+    assert run["counts"] == {"joined_files": 3, "removed_files": 1}
+    assert [f.name for f in (Path(root) / "label_probs").glob("part-???.parquet")] == ["part-new.parquet"]
+    assert len(invariants.table(root, "label_probs", version)) == 3
+
+
+@pytest.mark.slow
 def test_a_model_is_dropped_only_with_yes_and_never_while_in_force(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,6 +53,7 @@ def test_a_model_is_dropped_only_with_yes_and_never_while_in_force(
     row = judged.scored(1, "q", [0.7, 0.1, 0.1, 0.1])
     judged.fill(spark, root, "label_probs", [row, {**row, "model_id": other}])
     judged.fill(spark, root, "thresholds", judged.cuts(1, {"": (0.5, 0.5, 0.5)}, "active"))
+    judged.fill(spark, root, "pairs", [judged.pair(1, "q")])
     with pytest.raises(ValueError, match="it is in force"):
         job.drop_model(spark, root, judged.MODEL, yes=True)
     with pytest.raises(ValueError, match="it has no rows"):
@@ -52,6 +71,10 @@ def test_a_model_is_dropped_only_with_yes_and_never_while_in_force(
     job.drop_model(spark, root, other, yes=True)
     assert [folder.name for folder in checkpoint.iterdir()] == [f"{judged.MODEL}-{judged.PROMPT}"]
     assert [r["model_id"] for r in invariants.table(root, "label_probs")] == [judged.MODEL]
+    pairs = delta.read(spark, root, "pairs").localCheckpoint()
+    delta.delete(spark, root, "pairs", pairs, ("pair_id",))  # where no pair is left, nothing is served
+    job.drop_model(spark, root, judged.MODEL, yes=True)
+    assert not invariants.table(root, "label_probs")
 
 
 @pytest.mark.parametrize(

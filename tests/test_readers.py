@@ -62,6 +62,7 @@ def written(spark: SparkSession, empty_tables: object, tmp_path_factory: pytest.
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(tables.TABLES))
 def test_every_column_of_every_table_reads_the_same_in_delta_rs_duckdb_and_polars(
     spark: SparkSession, written: str, name: str
@@ -86,6 +87,7 @@ def test_every_column_of_every_table_reads_the_same_in_delta_rs_duckdb_and_polar
             assert plain(by_polars[column].to_arrow()) == plain(expected[column])
 
 
+@pytest.mark.slow
 def test_an_analyst_without_spark_finds_the_least_relevant_pairs_in_sql(written: str) -> None:
     pairs = DeltaTable(f"{written}/pairs").to_pyarrow_table()  # noqa: F841
     label_probs = DeltaTable(f"{written}/label_probs").to_pyarrow_table()  # noqa: F841

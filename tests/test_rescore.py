@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -137,8 +138,18 @@ def test_pairs_that_were_made_anew_neither_take_the_rows_along_nor_keep_new_text
     delta.update(spark, root, "label_probs", F.lit(True), {"pairs_version": F.lit(4312).cast("bigint")})
     put(spark, root, [("k1", "Steel kettle, red", *PRODUCTS[0][2:])])
     rescore(spark, root, scoring())
-    texts = {r["pair_id"]: r["content_hash"] for r in delta.read(spark, root, "pairs").collect()}
-    assert {r["pair_id"]: r["content_hash"] for r in probs(spark, root).collect()} == texts
+    assert text_of(spark, root, "pairs") == text_of(spark, root, "label_probs")
+    # Lost, and made anew: the checkpoint follows a table that is no more, at a version that the new one has reached.
+    shutil.rmtree(Path(root) / "pairs")
+    spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
+    for edition in "abcd":
+        put(spark, root, [("k1", f"Steel kettle {edition}", *PRODUCTS[0][2:])])
+    assert rescore(spark, root, scoring()).counts["scored"] == 4
+    assert text_of(spark, root, "pairs") == text_of(spark, root, "label_probs")
+
+
+def text_of(spark: SparkSession, root: str, table: str) -> dict[str, str]:
+    return {r["pair_id"]: r["content_hash"] for r in delta.read(spark, root, table).collect()}
 
 
 @pytest.mark.slow
@@ -396,7 +407,7 @@ def test_an_engine_that_dies_as_it_scores_takes_its_worker_along_and_the_retry_s
     assert run.counts["engine_deaths"] == 1
     died = int((tmp_path / "engine" / "died").read_text())
     assert not Path(f"/proc/{died}").exists()
-    assert run.engine_version != f"fake {died}"
+    assert run.engine_version != f"fake {died} cpu"
 
 
 @pytest.mark.slow
@@ -409,6 +420,10 @@ def test_canaries_that_are_off_stop_the_run(spark: SparkSession, root: str, tmp_
     with pytest.raises(RuntimeError, match=r"does not agree with its canaries\.json"):
         rescore(spark, root, Scoring(model, "external", what.prompt, what.settings, load_fake))
     assert probs(spark, root).isEmpty()
+    short = replace(what.settings, max_model_len=64)  # the pairs' prompts are shorter
+    file.write_text(json.dumps([{"query": "kettle " * 40, "title": "Steel kettle", "p": [0.97, 0.01, 0.01, 0.01]}]))
+    with pytest.raises(runs.Unmet, match=r"canaries\.json has a prompt of .* tokens, and --max-model-len is 64"):
+        rescore(spark, root, Scoring(model, "external", what.prompt, short, load_fake))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from schemas.labels import LABELS, NAMES
 from tests.models import tiny_model
@@ -236,6 +235,8 @@ def test_a_group_whose_labels_are_all_alike_is_put_back_and_another_pair_drawn_i
         asked.extend(prompt[0] for prompt in prompts)
         return [[right] * count if prompt[0] in settled else [right, *[wrong] * (count - 1)] for prompt in prompts]
 
+    import torch
+
     class InTurn(Difficulty):
         def draw(self, count: int, *key: int) -> np.ndarray:
             return np.array([(len(asked) + n) % 6 for n in range(count)])
@@ -260,6 +261,8 @@ def test_a_group_whose_labels_are_all_alike_is_put_back_and_another_pair_drawn_i
 
 def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_path: Path) -> None:
     """Rafailov et al. 2023 (arXiv 2305.18290), equation 7, and 0.2 of the chosen answers' mean NLL a token."""
+    import torch
+
     rows = []
     for number, lesson in enumerate(lessons(answers, 4)):
         rejected = answers.target(LABELS[(number + 1) % 4], "No. So Related.")
@@ -270,7 +273,7 @@ def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_
     # The first step only warms up: it moves nothing.
     logged = next(entry["loss"] for entry in log(tmp_path / "dpo") if entry["step"] == 3)
 
-    def logp(folder: Path, row: dict[str, Any], side: str) -> torch.Tensor:
+    def logp(folder: Path, row: dict[str, Any], side: str) -> Any:
         model = train.policy(settings(folder, tmp_path / "read"))
         logits = model(torch.tensor([row["prompt"] + row[side]])).logits[0, len(row["prompt"]) - 1 : -1]
         every = torch.log_softmax(logits.double(), -1)
@@ -492,6 +495,8 @@ def test_grpo_ends_at_its_bound_of_generated_tokens_a_resumed_one_too(
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "difficulty.npy", "rng_state_1.pth"])
 def test_the_newest_checkpoint_that_was_written_to_its_end_is_gone_on_from(tmp_path: Path, name: str) -> None:
+    import torch
+
     how = settings(tmp_path, tmp_path, "grpo")
     assert train._last_checkpoint(how, 2) is None
     for step in (9, 10):

@@ -142,6 +142,12 @@ class Engine(Protocol):
         """Empties the prefix cache."""
 
 
+def silent_seconds(settings: EngineSettings) -> float:
+    """So long an engine may say nothing: while it is loaded, or without a step."""
+    loading = LOADING_SECONDS + sum(size for _, size, _ in settings.manifest) / BYTES_PER_SECOND
+    return max(settings.hang_seconds, loading)
+
+
 class Watchdog:
     """Ends this process when nothing has moved for `seconds`: pet it at each sign of progress.
 
@@ -178,8 +184,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_gib
-        loading = LOADING_SECONDS + sum(size for _, size, _ in settings.manifest) / BYTES_PER_SECOND
-        self._hang_seconds = max(settings.hang_seconds, loading)
+        self._hang_seconds = silent_seconds(settings)
         # Of a step on several GPUs, the first ones too; the watchdog is stricter afterwards.
         os.environ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(int(self._hang_seconds))
         import vllm

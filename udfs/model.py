@@ -158,7 +158,10 @@ def manifest(folder: str) -> Manifest:
     Of weights it covers the header (names, types and shapes of the tensors) and `_SAMPLES` blocks spread over the rest,
     so that another training of the same architecture shows without gigabytes being read.
     """
-    files = [*_weight_files(Path(folder)), *(Path(folder) / name for name in ("config.json", "tokenizer.json"))]
+    files = [
+        *_weight_files(Path(folder)),
+        *(Path(folder) / name for name in ("config.json", "tokenizer.json", QUANT_CONFIG)),
+    ]
     return tuple((file.name, file.stat().st_size, _mark(file)) for file in files if file.is_file())
 
 

@@ -137,9 +137,12 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
 
     if on_cluster:
         from pyspark import SparkContext
+        from pyspark.sql import SparkSession
 
         running: Any = SparkContext._active_spark_context
         use_gpu = int(running.getConf().get("spark.task.resource.gpu.amount", "0")) > 0
+        # A task of a training says nothing until it is over; Spark would end it after half an hour.
+        SparkSession.active().conf.set("spark.sql.execution.pyspark.udf.killOnIdleTimeout", "false")
     else:
         use_gpu = torch.cuda.is_available()
     distributor = TorchDistributor(processes, local_mode=not on_cluster, use_gpu=use_gpu)
