@@ -1,7 +1,7 @@
 """One night through the job and through bare vLLM: the same prompts, the same order, the same machine, in turns.
 
 python -m bench.night [--model demo-base|tiny|4b|FOLDER] [--shape log|wands|esci] [--products 100] [--rounds 3]
-                      [--kv-cache-gib 1] [--arrival] [--server] [--ray]
+                      [--kv-cache-gib 1] [--short] [--arrival] [--server] [--ray]
 
 The night: products of the demo catalogue, each with some queries. Shapes: log, 30 pairs a product and queries by Zipf's
 law; wands, 5 pairs a product and 480 a query; esci, 1.5 pairs a product. A round runs, each in a process of its own,
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--products", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kv-cache-gib", type=float, default=1.0)
+    parser.add_argument("--short", action="store_true", help="without vLLM as it comes and on uncut prompts")
     parser.add_argument("--arrival", action="store_true", help="also the job without its plan")
     parser.add_argument("--server", action="store_true", help="also Spark asking a vLLM API server")
     parser.add_argument("--ray", action="store_true", help="also Ray Data's batch processor")
@@ -66,7 +67,7 @@ def main() -> None:
             figures = told("job", len(night), the_job, model, night, root, cache)
             prompts = json.loads(Path(root, "prompts.json").read_text())
             peers: dict[str, tuple[Any, ...]] = {"bare": (bare_vllm, model, prompts["aligned"], cache)}
-            if not number:
+            if not number and not args.short:
                 peers["as it comes"] = (bare_vllm, model, prompts["aligned"], cache, True)
                 peers["unaligned"] = (bare_vllm, model, prompts["unaligned"], cache)
             if args.arrival:
@@ -398,8 +399,9 @@ def report(rounds: list[dict[str, Any]], pairs: int, args: argparse.Namespace) -
     for name in ("engine", "waves", "job"):
         ratios = sorted(r["bare"]["seconds"] / r[name] for r in rounds)
         print(f"  {name:<7} ÷ bare vLLM  median {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    best, plain = one["bare"]["seconds"], one["as it comes"]["seconds"]
-    print(f"  bare vLLM ÷ as it comes, in a process of its own: {plain / best:.2f}")
+    if "as it comes" in one:
+        best, plain = one["bare"]["seconds"], one["as it comes"]["seconds"]
+        print(f"  bare vLLM ÷ as it comes, in a process of its own: {plain / best:.2f}")
     for peer in ("arrival", "server", "ray"):
         if peer in one:
             took = [r[peer].get("job", r[peer].get("seconds")) for r in rounds]
@@ -411,7 +413,7 @@ def report(rounds: list[dict[str, Any]], pairs: int, args: argparse.Namespace) -
         ("block floor", one["floor"]),
         ("computed by the job", one["computed"]),
         ("bare vLLM, same prompts", one["bare"]["computed"]),
-        ("bare vLLM, not aligned", one["unaligned"]["computed"]),
+        *([("bare vLLM, not aligned", one["unaligned"]["computed"])] if "unaligned" in one else []),
         *([("in order of arrival", one["arrival"]["computed"])] if "arrival" in one else []),
     ):
         print(
