@@ -181,7 +181,8 @@ def prepare(spark: SparkSession, root: str, new: bool = False) -> None:
 
 def refuse_silent_loss(spark: SparkSession, root: str) -> None:
     """S3 takes the place of an object without a word, so there Delta sees no second writer unless it is told how."""
-    scheme = str(storage_of(spark, root)[0].getScheme()).lower()  # a plain path may be of S3 too
+    # A plain path may be of S3 too; and an S3 path is to be refused also where its classes are missing.
+    scheme = root.partition(":")[0].lower() if files.is_uri(root) else str(storage_of(spark, root)[0].getScheme())
     key = f"spark.delta.logStore.{scheme}.impl"
     if scheme in ("s3", "s3a", "s3n") and not spark.sparkContext.getConf().get(key):
         raise ValueError(
