@@ -331,8 +331,8 @@ def may_have_ended() -> bool:
 
 def may_be_silent(spark: SparkSession, seconds: float) -> None:
     """Python workers may say nothing for so long; Spark ends those that are silent for longer."""
-    told = float(spark.sparkContext.getConf().get("spark.python.worker.idleTimeoutSeconds", "0"))
-    if told and told <= seconds:
+    told = spark._jsc.getConf().getTimeAsSeconds("spark.python.worker.idleTimeoutSeconds", "0")
+    if 0 < told <= seconds:
         spark.conf.set("spark.sql.execution.pyspark.udf.idleTimeoutSeconds", int(seconds) + 60)
 
 

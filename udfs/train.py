@@ -135,18 +135,20 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     import torch
     from pyspark.ml.torch.distributor import TorchDistributor
 
-    if on_cluster:
-        from pyspark import SparkContext
-        from pyspark.sql import SparkSession
+    if not on_cluster:
+        distributor = TorchDistributor(processes, local_mode=True, use_gpu=torch.cuda.is_available())
+        return distributor.run(stage, settings, **more) or {}
+    from pyspark.sql import SparkSession
 
-        running: Any = SparkContext._active_spark_context
-        use_gpu = int(running.getConf().get("spark.task.resource.gpu.amount", "0")) > 0
-        # A task of a training says nothing until it is over; Spark would end it after half an hour.
-        SparkSession.active().conf.set("spark.sql.execution.pyspark.udf.killOnIdleTimeout", "false")
-    else:
-        use_gpu = torch.cuda.is_available()
-    distributor = TorchDistributor(processes, local_mode=not on_cluster, use_gpu=use_gpu)
-    return distributor.run(stage, settings, **more) or {}
+    spark = SparkSession.active()
+    use_gpu = int(spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "0")) > 0
+    # A task of a training says nothing until it is over; Spark would end it after half an hour.
+    ends_idle = "spark.sql.execution.pyspark.udf.killOnIdleTimeout"
+    spark.conf.set(ends_idle, "false")
+    try:
+        return TorchDistributor(processes, local_mode=False, use_gpu=use_gpu).run(stage, settings, **more) or {}
+    finally:
+        spark.conf.unset(ends_idle)
 
 
 def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
