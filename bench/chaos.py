@@ -222,16 +222,12 @@ class Chaos:
         if not found:
             return False
         victim = self.random.choice(found)
+        if takes_driver:
+            self.alone.add(self.drivers[job].pid)
         try:
-            if kind == "driver":
-                self.alone.add(victim)
-                os.kill(victim, signal.SIGKILL)
-                for pid, _ in below if self.random.random() < 0.5 else []:
-                    os.kill(pid, signal.SIGKILL)
-            else:
-                if takes_driver:
-                    self.alone.add(self.drivers[job].pid)
-                os.kill(victim, signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)
+            for pid, _ in below if kind == "driver" and self.random.random() < 0.5 else []:
+                os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             return False
         note(self.folder, kind, job)

@@ -8,7 +8,8 @@ executors: a backfill with an engine that needs no model and takes a fixed time 
 on one core). Printed is the time of the waves with one and with two executors, and their ratio.
 
 pairs: plans a night of so many pairs, and merges 10,000 rows into as many judged ones: seconds, seconds a pair ×
-log2(pairs) against the smallest size, and the memory of the driver's Python. Nothing is scored.
+log2(pairs) against the smallest size, the memory of the driver's Python, and the live heap of its JVM, in which local
+Spark's tasks run too. Nothing is scored.
 
 commits: so many waves of one row into `label_probs`, and as many writes of their run's row, as a stream with
 --every "1 minute" makes them: the most files that either table had, and the seconds of the first and last commits.

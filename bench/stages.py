@@ -230,9 +230,7 @@ def table(measured: dict[str, Columns], wanted: dict[str, Callable[[Columns], fl
     """Lines of a Markdown table: a row a measure, a column a model, intervals in brackets."""
     lines = ["| | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
     for name, measure in wanted.items():
-        cells = []
-        for rows in measured.values():
-            cells.append(cell(rows, measure))
+        cells = [cell(rows, measure) for rows in measured.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

@@ -192,6 +192,11 @@ def opened(
     engines.watch(spark)
     engines.refuse_unfit(spark, args.tensor_parallel)
     delta.prepare(spark, args.tables)
+    return spark, ahead or registered(spark, args, look)
+
+
+def registered(spark: SparkSession, args: argparse.Namespace, look: Callable[[argparse.Namespace, str, str], T]) -> T:
+    """What `look` (flags, folder, stage) makes of a `--model` that stands in the tables, or is the one in force."""
     named = args.model not in (None, models.ACTIVE)
     model_id = args.model if named else models.in_force(spark, args.tables)[0]
-    return spark, ahead or look(args, *models.registered_folder(spark, args.tables, model_id))
+    return look(args, *models.registered_folder(spark, args.tables, model_id))

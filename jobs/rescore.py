@@ -56,7 +56,9 @@ def main(argv: list[str]) -> int:
     others = [argparse.Namespace(**{**vars(args), "model": name}) for name in args.also]
     ahead = [jobs.seen(other, jobs.scoring_beside) for other in others]  # before Spark starts
     spark, what = jobs.opened(args, JOB, jobs.scoring)
-    beside = [one or jobs.opened(other, JOB, jobs.scoring_beside)[1] for one, other in zip(ahead, others, strict=True)]
+    beside = [
+        one or jobs.registered(spark, other, jobs.scoring_beside) for one, other in zip(ahead, others, strict=True)
+    ]
     candidates = {one.regime: one for one in beside}
     code = 0
     while True:

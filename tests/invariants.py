@@ -76,10 +76,15 @@ def never_back(before: Rows, after: Rows) -> list[str]:
 
 def whole_waves(before: Rows, after: Rows, known: set[str]) -> list[str]:
     """6, from one version to the next: a wave that was there gets no more rows. Adds the new ones to `known`."""
-    was, now = ({(key(row), row["wave_id"]) for row in rows} for rows in (before, after))
-    found = [f"wave {wave} came in pieces" for wave in {wave for _, wave in now - was} & known]
-    known |= {wave for _, wave in now}
+    found = [f"wave {wave} came in pieces" for wave in {row["wave_id"] for row in brought(before, after)} & known]
+    known |= {row["wave_id"] for row in after}
     return found
+
+
+def brought(before: Rows, after: Rows) -> Rows:
+    """The rows that a version inserted or wrote anew: the same key of another wave is another row."""
+    was = {(key(row), row["wave_id"]) for row in before}
+    return [row for row in after if (key(row), row["wave_id"]) not in was]
 
 
 def accounted(runs: Rows) -> list[str]:
@@ -124,8 +129,7 @@ def audit(root: str, *models: str) -> list[str]:
         breaches = one_row_a_key(rows) + simplex_or_null(rows)
         breaches += never_back(before, rows) + whole_waves(before, rows, waves)
         found += [f"version {number}: {breach}" for breach in breaches]
-        known = {(key(row), row["wave_id"]) for row in before}
-        written.update(row["run_id"] for row in rows if (key(row), row["wave_id"]) not in known)
+        written.update(row["run_id"] for row in brought(before, rows))
         before = rows
     for number, cuts in enumerate(versions(root, "thresholds")):
         found += [f"thresholds@{number}: {breach}" for breach in one_regime(cuts)]
