@@ -7,8 +7,8 @@ The night: products of the demo catalogue, each with some queries. Shapes: log, 
 law; wands, 5 pairs a product and 480 a query; esci, 1.5 pairs a product. A round runs, each in a process of its own,
 bare vLLM (`LLM.generate` on the job's prompts in the job's order, in one process with a thread a core), in the first
 round also as vLLM comes and on prompts whose product part is not cut at a block's boundary, and the whole rescore job
-on local Spark. --short leaves out the two of the first round. --arrival adds the job on pairs in the order they came (its
-planner does not sort), --server a vLLM API server on this machine that Spark tasks ask over HTTP, a pair a request, 128
+on local Spark. --short leaves out the two of the first round. --arrival adds the job on pairs in the order they came
+(without its plan), --server a vLLM API server on this machine that Spark tasks ask over HTTP, a pair a request, 128
 at a time, --ray Ray Data's batch processor around one vLLM engine (ray[data] is not among the project's packages); both
 get the pairs in the order they came.
 Printed are pairs a second, ratios, and the tokens computed against the trie's nodes and the block floor.
