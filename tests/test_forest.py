@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.models import tiny_model
-from udfs.forest import IGNORED, Forest, Row, forests, grouped, logprobs, planted
+from udfs.forest import IGNORED, Row, forests, grouped, logprobs, planted
 
 ROWS = [
     Row((5, 6, 7, 8), (9, 10), (11, 12, 13)),
     Row((5, 6, 7, 8), (14,), (15,)),
     Row((20, 21), (22, 23, 24), (25, 26)),
     Row((5, 6, 7, 8), (9, 10), (16, 17, 18, 19)),
+    Row((5, 6, 30), (9, 10), (27,)),
 ]
 
 
@@ -46,7 +48,7 @@ def test_loss_and_gradients_of_a_forest_are_those_of_its_rows_apart(model: Any) 
     gradients = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
-    forest, _ = planted(list(grouped(ROWS, 1000)))
+    forest, _ = planted(ROWS)
     inputs = forest.inputs()
     labels = inputs.pop("labels")[0, 1:]
     logits = model(**inputs).logits[0, :-1]
@@ -90,19 +92,42 @@ def test_rows_of_one_root_stand_together_and_a_tree_is_split_where_it_grows_too_
         [(11, 12, 13), (15,)],
         [(16, 17, 18, 19)],
         [(25, 26)],
+        [(27,)],
     ]
     assert sorted(row for tree in trees for row in tree) == sorted(ROWS)
-    assert forests(trees, 21) == [[0, 1], [2]]  # 11 + 10, then 7
+    assert forests(trees, 21) == [[0, 1], [2, 3]]  # 11 + 10, then 7 + 6
 
 
-def test_a_row_without_a_token_of_its_own_before_its_answer_is_refused() -> None:
+def test_what_all_roots_begin_with_takes_its_place_in_a_forest_once() -> None:
+    trees = [[Row((1, 2, 3, number), (4,), (5,))] for number in (7, 8, 9)]  # 3, and 3 for each
+    assert forests(trees, 9) == [[0, 1], [2]]
+    assert len(planted([row for tree in trees[:2] for row in tree])[0].ids) == 9
+
+
+def test_a_row_without_a_token_before_its_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="before its answer"):
-        Forest().plant([1, 2], [([], [3])])
+        planted([Row((), (), (3,))])
 
 
-def test_every_answer_is_found_where_it_was_planted(tmp_path: Path) -> None:
-    forest, spans = planted(list(grouped(ROWS, 1000)))
-    told = [tuple(forest.ids[i] for i in span) for span in spans]
-    assert told == [(11, 12, 13), (15,), (16, 17, 18, 19), (25, 26)]
+def test_every_answer_is_found_where_it_was_planted() -> None:
+    forest, spans = planted(ROWS)
+    assert [tuple(forest.ids[i] for i in span) for span in spans] == [row.answer for row in ROWS]
     assert [forest.labels[i] for i in spans[0]] == [11, 12, 13]
     assert all(forest.labels[i] == IGNORED for i in range(len(forest.ids)) if not any(i in s for s in spans))
+
+
+tokens = st.lists(st.integers(1, 3), max_size=6).map(tuple)
+
+
+@given(st.lists(st.builds(Row, tokens, tokens.filter(len), tokens.filter(len)), min_size=1, max_size=8))
+def test_an_answer_sees_its_row_alone_and_no_token_that_prompts_share_is_there_twice(rows: list[Row]) -> None:
+    forest, spans = planted(rows)
+    mask = forest.mask()[0, 0]
+    for row, span in zip(rows, spans, strict=True):
+        seen = mask[span.stop - 1].nonzero()[:, 0].tolist()
+        assert tuple(forest.ids[i] for i in seen) == row.prompt + row.answer
+        assert [forest.positions[i] for i in seen] == list(range(len(seen)))
+        assert span.start - 1 in seen  # which foretells its first token
+    nodes = {row.prompt[:n] for row in rows for n in range(1, len(row.prompt) + 1)}
+    again = len(rows) - len({row.prompt for row in rows})  # a prompt's last token, for each answer
+    assert len(forest.ids) == len(nodes) + again + sum(len(row.answer) for row in rows)

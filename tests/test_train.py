@@ -121,6 +121,19 @@ def test_sft_learns_the_rule_and_leaves_an_ordinary_model_folder(base: Path, ans
     assert inspect(str(taught)).weights_hash != inspect(str(base)).weights_hash
 
 
+def test_what_raters_said_is_learnt_by_the_shares_of_them_who_said_it(
+    base: Path, answers: Form, tmp_path: Path
+) -> None:
+    said = {4: 0.75, 1: 0.25}
+    prompt = {"root": root_of(0, 4), "rest": list(QUERY)}
+    rows = [{"pair_id": "0", **prompt, "answer": answers.target(y, None), "weight": share} for y, share in said.items()]
+    run(settings(base, tmp_path / "sft", epochs=40), rows, label_at=0)
+    token = dict(zip(LABELS, answers.label_ids, strict=True))
+    asked = [Row(tuple(prompt["root"]), QUERY, (token[label],)) for label in LABELS]
+    p = pass_rates(train.policy(settings(tmp_path / "sft", tmp_path, full=True)), asked, 512)
+    assert p == pytest.approx([said.get(label, 0.0) for label in LABELS], abs=0.1)
+
+
 def preferred(answers: Form) -> list[dict[str, Any]]:
     """Preferences: the right answer against another label's."""
     rows = []
@@ -415,7 +428,8 @@ def test_a_whole_model_takes_from_its_base_what_does_not_tell_of_other_weights(b
 
 def test_rarer_labels_weigh_more_by_the_power_that_is_asked_for(base: Path, tmp_path: Path) -> None:
     def weights(balance: float) -> dict[int, float]:
-        return train.label_weights([4] * 8 + [3] * 2 + [2] * 2, settings(base, tmp_path, balance=balance))
+        labels = [(4, 1.0)] * 8 + [(3, 0.5)] * 4 + [(2, 1.0)] * 2
+        return train.label_weights(labels, settings(base, tmp_path, balance=balance))
 
     assert weights(0.0) == {4: 4, 3: 4, 2: 4}
     assert weights(1.0) == pytest.approx({4: 2, 3: 8, 2: 8})

@@ -67,6 +67,9 @@ def test_the_baseline_tells_pairs_that_share_words_from_pairs_that_do_not() -> N
     assert p[:, 1:3].max() == 0  # labels that nobody gave
     rows = {"gold": np.array([4, 1]), "p": p}
     assert icecat.log_loss(rows) == pytest.approx(-np.log(p[[0, 1], [0, 3]]).mean())
+    doubted = {**rows, "p": np.array([[0.5, 0.4, 0.05, 0.05], [0.55, 0.0, 0.1, 0.35]])}
+    for power, wanted in ((0.0, [4, 4]), (1.0, [3, 1])):  # of four pairs two are Excellent, one Related, one Irrelevant
+        assert icecat.rare_first(doubted, [4, 4, 3, 1], power)["said"].tolist() == wanted
     cut = icecat.cut(rows, rows)
     assert cut["said"].tolist() == [4, 1]
     assert icecat.log_loss(cut) <= icecat.log_loss(rows)

@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from jobs import ingest, sample, train_dpo, train_grpo, train_sft, write_chains
 from partitioner import models as named
-from schemas import delta
+from schemas import delta, gold
 from schemas.labels import NAMES
 from tests.engines import load_fake
 from tests.models import tiny_model
@@ -178,6 +178,38 @@ def test_without_chains_it_says_how_to_bring_them_and_teaches_labels_alone_where
     assert {len(row["answer"]) for row in rows} == {2}  # the label and the end
     (made,) = models(spark, root)
     assert named.registered_folder(spark, root, made["model_id"])[0] == str(tmp_path / "sft" / "merged")
+
+
+@pytest.mark.slow
+def test_each_label_that_raters_gave_is_taught_by_its_share(
+    spark: SparkSession, root: str, base: str, tmp_path: Path
+) -> None:
+    rows = [
+        pair(0, label=4, rater_labels=[4, 4, 3], split="train"),
+        pair(1, label=2, rater_labels=[2, 2, 2], split="train"),
+        pair(2, label=1, split="train"),
+        pair(3, label=4, rater_labels=[4, 3], split="test"),
+    ]
+    ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "pairs.jsonl", *rows)), "--source", "raters"])
+    flags = ["--tables", root, "--model", base, "--out", str(tmp_path / "sft"), "--epochs", "1"]
+    with pytest.raises(ValueError, match="it wants --labels-only"):
+        train_sft.main([*flags, "--raters", "fractions"])
+    assert train_sft.main([*flags, "--raters", "fractions", "--labels-only"]) == 0
+    import pyarrow.parquet as pq
+
+    looked_at = inspect(base)
+    answers = form(looked_at, load(looked_at.prompt_file or "", looked_at.tokenizer_json, looked_at.vocab_size))
+    names = {row["pair_id"]: row["product_id"] for row in delta.read(spark, root, "pairs").collect()}
+    told = [
+        (names[row["pair_id"]], answers.read(row["answer"]).label, round(row["weight"], 6))
+        for row in pq.read_table(tmp_path / "sft" / "data.parquet").to_pylist()
+    ]
+    assert sorted(told) == [("p0", 3, 0.333333), ("p0", 4, 0.666667), ("p1", 2, 1.0), ("p2", 1, 1.0)]
+    # Two sources count alike, whatever the number of their raters.
+    more = pair(0, label=3, rater_labels=[3], split="train")
+    ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "more.jsonl", more)), "--source", "more"])
+    votes = [row for row in gold.votes(spark, root).collect() if names[row["pair_id"]] == "p0"]
+    assert {row["label"]: row["weight"] for row in votes} == pytest.approx({4: 1 / 3, 3: 2 / 3})
 
 
 @pytest.mark.slow

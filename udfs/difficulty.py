@@ -70,7 +70,7 @@ def pass_rates(model: Any, rows: Sequence[Row], tokens: int, share: slice = slic
     with torch.no_grad():
         for together in forests(trees, tokens):
             members = [row for tree in together for row in trees[tree]]
-            forest, spans = planted(trees[tree] for tree in together)
+            forest, spans = planted(members)
             inputs = {name: value.to(device) for name, value in forest.inputs().items() if name != "labels"}
             at = torch.tensor([span.start - 1 for span in spans], device=device)
             logits = model(**inputs, use_cache=False, logits_to_keep=at).logits[0].float()

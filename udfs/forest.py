@@ -1,17 +1,18 @@
-"""Training sequences that share prefixes: a product is computed once for its pairs, a prompt once for its answers.
+"""Training sequences that share prefixes: what prompts begin with is computed once, a prompt once for its answers.
 
-The prompt is the cost in training too. A row alone is `prompt + answer`; rows of one product repeat its text, and the
-answers sampled for one pair repeat the whole prompt. Here such rows are laid out as one sequence, a tree: the common
-root first, then each row's rest as a branch, at the positions it would have alone, and with a mask that lets a branch
-see its root and itself only. Every token then gets the hidden state that it would have in a row of its own, so loss and
-gradients are those of the rows apart (a test holds both against them); the demo's train split is 2.4 times shorter so.
-Several trees stand side by side in one sequence (a forest) until a token budget is full: no padding is computed.
+The prompt is the cost in training too. A row alone is `prompt + answer`; all rows repeat the system's words, those of
+one product its text, and the answers to one pair the whole prompt. Here rows are laid out as one sequence, the trie of
+their prompts walked depth first: each token at the position it would have in its own row, and with a mask that lets it
+see what leads to it and nothing else. Every token then gets the hidden state that it would have in a row of its own, so
+loss and gradients are those of the rows apart (a test holds both against them); the demo's train split is 2.4 times
+shorter so. Rows are put together (a forest) until a token budget is full: no padding is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,58 +22,50 @@ IGNORED = -100  # the label of a token that is not trained on, in torch's own co
 
 
 class Row(NamedTuple):
-    """One row to train on, as token ids: `root` may be shared with others, `rest` and `answer` are its own."""
+    """One row to train on, as token ids: its prompt is `root`, by which rows are grouped, and `rest`; `weight` is how
+    much SFT counts its answer."""
 
     root: tuple[int, ...]
     rest: tuple[int, ...]
     answer: tuple[int, ...]
+    weight: float = 1.0
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """All that stands before the answer."""
+        return self.root + self.rest
 
     @property
     def own(self) -> int:
-        """Tokens that are computed for this row alone."""
+        """Tokens behind its root."""
         return len(self.rest) + len(self.answer)
 
 
 @dataclass
 class Forest:
-    """One sequence: for each token its id, label, position in its row, tree, and branch (0: the root)."""
+    """One sequence: for each token its id, label, position in its row, and where in the sequence ends what is built on
+    it: the tokens from it up to there, and no others, see it."""
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    tree: list[int] = field(default_factory=list)
-    branch: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
-    def plant(self, root: Sequence[int], branches: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[range]:
-        """Adds a tree; a branch is (rest, answer). Returns where each answer lies.
-
-        Raises ValueError for an empty rest: the answer's first token would be foretold by the branch before it.
-        """
-        number = self.tree[-1] + 1 if self.tree else 0
-        self._grow(root, [IGNORED] * len(root), 0, number, 0)
-        answers = []
-        for branch, (rest, answer) in enumerate(branches, start=1):
-            if not rest:
-                raise ValueError("a branch needs a token of its own before its answer")
-            self._grow([*rest, *answer], [*[IGNORED] * len(rest), *answer], len(root), number, branch)
-            answers.append(range(len(self.ids) - len(answer), len(self.ids)))
-        return answers
-
-    def _grow(self, ids: Sequence[int], labels: Sequence[int], position: int, tree: int, branch: int) -> None:
+    def grow(self, ids: Sequence[int], position: int, learnt: bool = False) -> range:
+        """Adds a stretch of tokens that stand on each other; returns where it lies."""
+        at = range(len(self.ids), len(self.ids) + len(ids))
         self.ids += ids
-        self.labels += labels
+        self.labels += ids if learnt else [IGNORED] * len(ids)
         self.positions += range(position, position + len(ids))
-        self.tree += [tree] * len(ids)
-        self.branch += [branch] * len(ids)
+        self.ends += [at.stop] * len(ids)
+        return at
 
     def mask(self) -> torch.Tensor:
-        """Who sees whom, [1, 1, tokens, tokens] bool: what stands before it in its own tree, root or own branch."""
+        """Who sees whom, [1, 1, tokens, tokens] bool: what leads to it, and itself."""
         import torch
 
-        tree, branch = torch.tensor(self.tree), torch.tensor(self.branch)
-        same_tree = tree[:, None] == tree[None, :]
-        visible = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
-        return (same_tree & visible).tril()[None, None]
+        ends, places = torch.tensor(self.ends), torch.arange(len(self.ids))
+        return (ends[None, :] > places[:, None]).tril()[None, None]
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What a decoder's forward takes, a batch of one sequence: input_ids, position_ids, attention_mask, labels."""
@@ -84,6 +77,31 @@ class Forest:
             "attention_mask": self.mask(),
             "labels": torch.tensor([self.labels]),
         }
+
+
+def planted(rows: Sequence[Row]) -> tuple[Forest, list[range]]:
+    """The rows as one forest, and where each row's answer lies.
+
+    The last token of a prompt is its row's own, also where other rows have the same prompt: the token before an answer
+    foretells its first. Raises ValueError for a row without a prompt.
+    """
+    forest, answers = Forest(), [range(0)] * len(rows)
+    path: list[int] = []  # where the tokens of the last row's prompt lie
+    for number in sorted(range(len(rows)), key=lambda n: rows[n].prompt):
+        prompt = rows[number].prompt
+        if not prompt:
+            raise ValueError("a row needs a token before its answer")
+        shared = 0
+        for place, own in zip(path, prompt[:-1], strict=False):
+            if forest.ids[place] != own:
+                break
+            shared += 1
+        del path[shared:]
+        path += forest.grow(prompt[shared:], shared)
+        answers[number] = forest.grow(rows[number].answer, len(prompt), learnt=True)
+        for place in path:
+            forest.ends[place] = len(forest.ids)
+    return forest, answers
 
 
 def grouped(rows: Iterable[Row], tokens: int) -> Iterator[list[Row]]:
@@ -104,25 +122,19 @@ def grouped(rows: Iterable[Row], tokens: int) -> Iterator[list[Row]]:
 
 
 def forests(trees: Sequence[Sequence[Row]], tokens: int) -> list[list[int]]:
-    """Which trees stand together: numbers of trees, in order, up to `tokens` a forest (a larger tree stands alone)."""
+    """Which trees stand together: numbers of trees, in order, up to `tokens` a forest (a larger tree stands alone).
+    What all roots begin with is counted once for each forest."""
+    head = len(commonprefix([tree[0].root for tree in trees]))  # of any sequences
     packed: list[list[int]] = []
     size = tokens
     for number, tree in enumerate(trees):
-        own = len(tree[0].root) + sum(row.own for row in tree)
+        own = len(tree[0].root) - head + sum(row.own for row in tree)
         if size + own > tokens or not packed:
             packed.append([])
-            size = 0
+            size = head
         packed[-1].append(number)
         size += own
     return packed
-
-
-def planted(trees: Iterable[Sequence[Row]]) -> tuple[Forest, list[range]]:
-    """The trees side by side, and where each row's answer lies."""
-    forest, answers = Forest(), []
-    for tree in trees:
-        answers += forest.plant(tree[0].root, [(row.rest, row.answer) for row in tree])
-    return forest, answers
 
 
 def logprobs(model: Any, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], temperature: float) -> Any:
@@ -134,9 +146,7 @@ def logprobs(model: Any, groups: Sequence[tuple[Sequence[int], Sequence[Sequence
 
     found = []
     for prompt, answers in groups:
-        forest = Forest()
-        # The last token of the prompt opens each branch: its hidden state foretells the answer's first token.
-        spans = forest.plant(prompt[:-1], [(prompt[-1:], answer) for answer in answers])
+        forest, spans = planted([Row(tuple(prompt), (), tuple(answer)) for answer in answers])
         device = next(model.parameters()).device
         inputs = {name: value.to(device) for name, value in forest.inputs().items() if name != "labels"}
         at = torch.tensor([i - 1 for span in spans for i in span], device=device)

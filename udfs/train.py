@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,19 +231,20 @@ def policy(settings: TrainSettings) -> Any:
 def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) -> dict[str, float]:
     """Supervised fine-tuning on chains (TaoSR1, section 3.1): the answers' tokens are learnt, the prompts' are read.
 
-    `label_at`: where in an answer its label token stands (0 post-CoT, -2 pre-CoT: the end follows it). Returns the last
-    logged figures. Resumes from the newest checkpoint under `out`.
+    `data`: root, rest (the prompt's two parts) and answer, as token ids; weight, where a pair has several answers: the
+    share of its raters who gave this one. `label_at`: where in an answer its label token stands (0 post-CoT, -2
+    pre-CoT: the end follows it). Returns the last logged figures. Resumes from the newest checkpoint under `out`.
     """
     import numpy as np
     import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = [Row(tuple(row["root"]), tuple(row["rest"]), tuple(row["answer"])) for row in data]
-    weight_of = label_weights([row.answer[label_at] for row in rows], settings)
+    rows = [Row(tuple(row["root"]), tuple(row["rest"]), tuple(row["answer"]), row.get("weight", 1.0)) for row in data]
+    weight_of = label_weights([(row.answer[label_at], row.weight) for row in rows], settings)
     trees = list(grouped(rows, settings.batch_tokens))
     trees = [trees[i] for i in np.random.default_rng(settings.seed).permutation(len(trees))]
-    packed = [[trees[i] for i in together] for together in forests(trees, settings.batch_tokens)]
+    packed = [[row for i in together for row in trees[i]] for together in forests(trees, settings.batch_tokens)]
 
     class Trainer(SFTTrainer):
         """SFT on forests; only the positions that foretell an answer's token meet the vocabulary, a fifth of them."""
@@ -253,32 +254,43 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            labels, weights, is_label = (inputs.pop(name)[0, 1:] for name in ("labels", "weights", "is_label"))
+            labels, shares, is_label = (inputs.pop(name)[0, 1:] for name in ("labels", "shares", "is_label"))
             at = (labels != IGNORED).nonzero()[:, 0]
-            labels, weights, is_label = labels[at], weights[at], is_label[at]
+            labels, shares, is_label = labels[at], shares[at], is_label[at]
             logits = model(**inputs, use_cache=False, logits_to_keep=at).logits[0].float()
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            told = self._metrics["train"]
-            told["label_loss"].append(losses[is_label].mean().item())
-            told["chain_loss"].append(losses[~is_label].mean().item())
-            told["label_accuracy"].append((logits.argmax(-1) == labels)[is_label].float().mean().item())
+            right = (logits.argmax(-1) == labels).float()
+            for name, values, some in (
+                ("label_loss", losses, is_label),
+                ("chain_loss", losses, ~is_label),
+                ("label_accuracy", right, is_label),
+            ):
+                mean = (values * shares)[some].sum() / shares[some].sum()
+                self._metrics["train"][name].append(mean.item())
+            balanced = torch.ones_like(losses)
+            balanced[is_label] = torch.tensor([weight_of[i] for i in labels[is_label].tolist()], device=losses.device)
             # Not by the balanced weights: a sequence of one label alone would cancel its own.
-            return (losses * weights).sum() / torch.where(is_label, settings.label_weight, 1.0).sum()
+            whole = torch.where(is_label, settings.label_weight, 1.0) * shares
+            return (losses * balanced * shares).sum() / whole.sum()
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        forest, answers = planted([[Row(*row) for row in tree] for tree in examples[0]["trees"]])
+        (example,) = examples
+        forest, answers = planted([Row(tuple(row[0]), tuple(row[1]), tuple(row[2])) for row in example["rows"]])
         inputs = forest.inputs()
-        at = [span[label_at] for span in answers]
-        weights, is_label = torch.ones(inputs["labels"].shape), torch.zeros(inputs["labels"].shape, dtype=torch.bool)
-        weights[0, at] = torch.tensor([weight_of[forest.ids[i]] for i in at])
-        is_label[0, at] = True
-        return inputs | {"weights": weights, "is_label": is_label}
+        shares, is_label = torch.ones(inputs["labels"].shape), torch.zeros(inputs["labels"].shape, dtype=torch.bool)
+        for span, share in zip(answers, example["shares"], strict=True):
+            shares[0, span.start : span.stop] = share
+        is_label[0, [span[label_at] for span in answers]] = True
+        return inputs | {"shares": shares, "is_label": is_label}
 
     trainer = Trainer(
         model=policy(settings),
         args=SFTConfig(**_arguments(settings), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
         train_dataset=Dataset.from_list(
-            [{"trees": [[list(row) for row in tree] for tree in group]} for group in packed]
+            [
+                {"rows": [[row.root, row.rest, row.answer] for row in group], "shares": [row.weight for row in group]}
+                for group in packed
+            ]
         ),
         data_collator=collate,
         processing_class=_tokenizer(settings.base),
@@ -287,10 +299,12 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
     return _run(trainer, settings)
 
 
-def label_weights(labels: Sequence[int], settings: TrainSettings) -> dict[int, float]:
-    """Weight in the loss of each label's token, from the label tokens of all rows: a rarer one weighs more."""
-    counts = Counter(labels)
-    mean = len(labels) / len(counts)
+def label_weights(labels: Iterable[tuple[int, float]], settings: TrainSettings) -> dict[int, float]:
+    """Weight in the loss of each label's token, from label token and weight of all rows: a rarer one weighs more."""
+    counts: dict[int, float] = defaultdict(float)
+    for token, weight in labels:
+        counts[token] += weight
+    mean = sum(counts.values()) / len(counts)
     return {token: settings.label_weight * (mean / count) ** settings.balance for token, count in counts.items()}
 
 
