@@ -124,7 +124,7 @@ def grouped(rows: Iterable[Row], tokens: int) -> Iterator[list[Row]]:
 def forests(trees: Sequence[Sequence[Row]], tokens: int) -> list[list[int]]:
     """Which trees stand together: numbers of trees, in order, up to `tokens` a forest (a larger tree stands alone).
     What all roots begin with is counted once for each forest."""
-    head = len(commonprefix([tree[0].root for tree in trees]))  # of any sequences
+    head = len(commonprefix([tree[0].root for tree in trees]))  # noqa: RUF071 (of token ids)
     packed: list[list[int]] = []
     size = tokens
     for number, tree in enumerate(trees):
