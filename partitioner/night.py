@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -26,6 +27,7 @@ from udfs.render import rendered
 from udfs.score import Scoring
 
 NOISE_SAMPLE = 64  # pairs of a run that are asked again in another order
+NOISE_TOGETHER = 8  # of them, that share a prefix: a product's text is dear, its queries are not
 ASKED = "noise_pairs"  # figure: how many
 FEW = 500  # changes in a batch that are named one by one: no table is then joined as a whole
 PORTIONS = 8  # of a line, by how much they are wanted
@@ -265,7 +267,9 @@ class Night(Waves):
             return
         scored = self.judged().where((F.col("run_id") == self.run.run_id) & (F.col("outcome") == "scored"))
         count = min(NOISE_SAMPLE, max(4, int(line.prompts * waves.CANARY_SHARE)))
-        drawn = {row["pair_id"]: row for row in scored.orderBy(F.xxhash64("pair_id")).limit(count).collect()}
+        by = ("locale", "product_id") if self.what.prompt.first == "product" else ("query",)
+        near = scored.orderBy(F.xxhash64(*by), *by, F.xxhash64("pair_id")).limit(count * NOISE_TOGETHER).collect()
+        drawn = {row["pair_id"]: row for row in drawn_in_groups(near, by, count)}
         some = line.rows.where(F.col("pair_id").isin(list(drawn)))
         with self.timed("check"), self.cancellable("noise"), engines.own_workers(self.spark):
             again = self.ask(some.repartition(1).sortWithinPartitions(F.xxhash64("pair_id"))).collect()
@@ -387,6 +391,18 @@ class Night(Waves):
 def unjudged(seen: DataFrame, judged: DataFrame) -> DataFrame:
     """Those of `seen` whose present text is not in `judged`."""
     return seen.join(judged.select("pair_id", "content_hash"), ["pair_id", "content_hash"], how="left_anti")
+
+
+def drawn_in_groups(rows: Sequence[Row], by: Sequence[str], count: int) -> list[Row]:
+    """`count` of the rows, at most `NOISE_TOGETHER` of a group (columns `by`), or where that is too few also of the
+    others."""
+    so_far: Counter[tuple[object, ...]] = Counter()
+    first, others = [], []
+    for row in rows:
+        group = tuple(row[name] for name in by)
+        so_far[group] += 1
+        (first if so_far[group] <= NOISE_TOGETHER else others).append(row)
+    return (first + others)[:count]
 
 
 def in_portions(pairs: DataFrame, wanted: Column, group: Sequence[str]) -> DataFrame:

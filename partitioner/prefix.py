@@ -169,7 +169,9 @@ class Line:
         width = max(1, end - begin)
         rows = self.rows.where(inside).withColumn("shard", F.floor(at * count / width).cast("int"))
         rows = rows if riders is None else rows.unionByName(riders)
-        return rows.repartitionById(count, "shard").sortWithinPartitions("part", "position")
+        # One shard needs no shuffle, while which its engine would wait.
+        apart = rows.repartitionById(count, "shard") if count > 1 else rows.coalesce(1)
+        return apart.sortWithinPartitions("part", "position")
 
     def behind(self, at: int) -> tuple[int, int, int]:
         """prompt_tokens, trie_nodes and block_floor of the rows whose cut point lies at or behind `at`, all waves'

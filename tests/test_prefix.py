@@ -97,13 +97,14 @@ def test_every_prompt_is_in_exactly_one_wave_and_shard(spark: SparkSession, wave
         assert 0 <= in_blocks - (line.block_floor - floor_of_whole_blocks(before, BLOCK)) <= 3 * 23
 
 
-def test_each_shard_is_a_task_of_its_own_in_the_order_of_the_token_ids(spark: SparkSession) -> None:
+@pytest.mark.parametrize("shards", [1, 4])
+def test_each_shard_is_a_task_of_its_own_in_the_order_of_the_token_ids(spark: SparkSession, shards: int) -> None:
     prompts = a_night(20, 3)
     line = landed(as_rows(spark, prompts, [len(p) - 1 for p in prompts]), 2)
-    rows = line.shards(0, line.length, 4).withColumn("task", F.spark_partition_id()).collect()
-    assert {row["shard"] for row in rows} == {0, 1, 2, 3}
+    rows = line.shards(0, line.length, shards).withColumn("task", F.spark_partition_id()).collect()
+    assert {row["shard"] for row in rows} == set(range(shards))
     assert all(row["task"] == row["shard"] for row in rows)
-    for shard in range(4):
+    for shard in range(shards):
         ids = [list(row["ids"]) for row in rows if row["shard"] == shard]
         assert ids == sorted(ids)
 

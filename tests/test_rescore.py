@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import save_file
 
@@ -37,6 +37,19 @@ from udfs.engine import EngineSettings
 from udfs.model import inspect
 from udfs.prompt import Renderer
 from udfs.score import Scoring
+
+
+def test_few_pairs_of_a_product_are_asked_again_where_there_are_others() -> None:
+    rows = [Row(product_id=product, query=query) for product in "ab" for query in range(20)]
+    rows.append(Row(product_id="c", query=0))
+
+    def drawn(count: int) -> list[str]:
+        return [row[0] for row in night.drawn_in_groups(rows, ("product_id",), count)]
+
+    assert sorted(drawn(17)) == ["a"] * 8 + ["b"] * 8 + ["c"]
+    assert drawn(10) == ["a"] * 8 + ["b"] * 2
+    assert len(drawn(30)) == 30  # no others are left
+    assert len({tuple(row) for row in night.drawn_in_groups(rows, ("product_id",), 64)}) == 41
 
 
 def test_every_pair_gets_the_probabilities_of_its_own_prompt(spark: SparkSession, root: str) -> None:
