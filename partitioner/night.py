@@ -397,7 +397,8 @@ def drawn_in_groups(rows: Sequence[Row], by: Sequence[str], count: int) -> list[
     """`count` of the rows, at most `NOISE_TOGETHER` of a group (columns `by`), or where that is too few also of the
     others."""
     so_far: Counter[tuple[object, ...]] = Counter()
-    first, others = [], []
+    first: list[Row] = []
+    others: list[Row] = []
     for row in rows:
         group = tuple(row[name] for name in by)
         so_far[group] += 1
