@@ -145,13 +145,15 @@ class MortalEngine(FakeEngine):
 
 
 class PoisonedEngine(FakeEngine):
-    """Dies, each time, at the prompts of poison.json in the folder `settings.model`; `deaths` there counts."""
+    """Dies, each time, at the prompts of poison.json in the folder `settings.model`, or hangs where there is a file
+    `hangs` too; `deaths` there counts."""
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
         loaded = self.folder / "loaded"
         if loaded.exists() and any(map(_born, map(int, loaded.read_text().split()))):
             (self.folder / "beside").touch()
+        self.hang_seconds = settings.hang_seconds
         with open(loaded, "a") as pids:
             pids.write(f"{os.getpid()}\n")
         self.poison = {tuple(ids) for ids in json.loads((self.folder / "poison.json").read_text())}
@@ -171,6 +173,9 @@ class PoisonedEngine(FakeEngine):
             if prompt is not None and tuple(prompt) in self.poison:
                 with open(self.folder / "deaths", "a") as deaths:
                     deaths.write(f"{os.getpid()}\n")
+                if (self.folder / "hangs").exists():
+                    with Watchdog(self.hang_seconds):
+                        time.sleep(600)
                 os._exit(70)
             yield prompt
 

@@ -162,6 +162,7 @@ def poisoned(folder: Path, products: list[Any], bad: list[tuple[int, str]]) -> S
     """What scores with an engine that dies on these (product number, query)."""
     what = scoring()
     render = Renderer(what.prompt)
+    settings = EngineSettings(model=str(folder), max_model_len=512, hang_seconds=1.0)
     ids = []
     for number, query in bad:
         _, title, attributes, description = products[number]
@@ -170,13 +171,13 @@ def poisoned(folder: Path, products: list[Any], bad: list[tuple[int, str]]) -> S
         )
     folder.mkdir()
     (folder / "poison.json").write_text(json.dumps([list(map(int, i)) for i in ids]))
-    return Scoring(
-        what.model, what.stage, what.prompt, EngineSettings(model=str(folder), max_model_len=512), load_poisoned
-    )
+    return Scoring(what.model, what.stage, what.prompt, settings, load_poisoned)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("products", "each", "poisons"), [(2, 3, 1), (100, 50, 3)])
+@pytest.mark.parametrize(
+    ("products", "each", "poisons", "how"), [(2, 3, 1, "dies"), (2, 3, 1, "hangs"), (100, 50, 3, "dies")]
+)
 def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     spark: SparkSession,
     root: str,
@@ -184,6 +185,7 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     products: int,
     each: int,
     poisons: int,
+    how: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, f"Boils {i} cups.") for i in range(products)]
@@ -191,6 +193,7 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     put(spark, root, kettles, queries)
     bad = [(0, queries[0]), (products // 2, queries[1]), (products // 2, queries[2])][:poisons]
     what = poisoned(tmp_path / "engine", kettles, bad)
+    (tmp_path / "engine" / how).touch()
     monkeypatch.setattr(waves.Waves, "least", 10**9)  # all in one shard
     run = rescore(spark, root, what)
     rows = probs(spark, root).where("outcome <> 'scored'").collect()
@@ -233,6 +236,30 @@ def test_where_more_pairs_kill_engines_than_a_run_looks_for_each_start_has_fewer
     rows = {(r["product_id"], r["outcome"]) for r in probs(spark, root).collect()}
     assert rows == {("k0", "engine_failed"), ("k1", "scored"), ("k2", "scored")}
     assert not invariants.audit(root, MODEL) + invariants.left(root)
+
+
+@pytest.mark.slow
+def test_a_column_that_is_added_between_two_waves_stops_the_next_run_and_says_so(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(spark, root, PRODUCTS)
+    monkeypatch.setattr(waves.Waves, "least", 1)
+    monkeypatch.setattr(waves, "WAVE_SECONDS", 1e-6)
+    write, written = Night.write, []
+
+    def then_altered(night: Night, answered: Any, wave_id: str) -> None:
+        write(night, answered, wave_id)
+        written.append(wave_id)
+        if len(written) == 1:
+            spark.sql(f"ALTER TABLE delta.`{root}/label_probs` ADD COLUMN mood STRING")
+
+    monkeypatch.setattr(Night, "write", then_altered)
+    run = rescore(spark, root, scoring())
+    assert run.counts["scored"] == 12
+    assert len(written) > 2
+    assert not invariants.audit(root, MODEL)
+    with pytest.raises(ValueError, match="column mood is not in the contract"):
+        delta.prepare(spark, root)  # as each job begins
 
 
 @pytest.mark.slow
