@@ -10,10 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from pyspark.sql import SparkSession
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
 
-from partitioner import engines, models
-from schemas import delta
+from partitioner import engines, models, tiers
+from schemas import delta, runs
 from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, number_type
 from udfs.model import inspect, manifest
 from udfs.prompt import load as load_prompt
@@ -105,8 +106,8 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     by_device = f"{STEP_ON_CPU[0]} on CPU, {STEP_ON_GPU[0]} on a GPU"
     told = f"pairs in one step of the engine ({by_device}; sample: 256)"
     parser.add_argument("--max-num-seqs", type=positive, default=defaults.max_num_seqs, help=told)
-    by_device = f"{STEP_ON_CPU[1]} on CPU, {STEP_ON_GPU[1]} on a GPU"
-    told = f"tokens in one step ({by_device})"
+    by_device = f"{STEP_ON_GPU[1]} on a GPU, {STEP_ON_CPU[1]} on CPU"
+    told = f"tokens in one step ({by_device}, at least --max-model-len there)"
     parser.add_argument("--max-num-batched-tokens", type=positive, default=defaults.max_num_batched_tokens, help=told)
     parser.add_argument("--tensor-parallel", type=positive, default=1, help="GPUs that hold one copy of the model")
     parser.add_argument("--hang-seconds", type=positive, default=defaults.hang_seconds, help="no answer so long: hung")
@@ -144,8 +145,8 @@ def scoring(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
     prompt = load_prompt(source, model.tokenizer_json, model.vocab_size)
     if prompt.block % settings.block_size:
         print(
-            f"prompt {source} cuts the first part at {prompt.block} tokens, but the engine's KV blocks are of "
-            f"{settings.block_size}: pairs of a product will share less than they could",
+            f"prompt {prompt.prompt_id} cuts the first part at {prompt.block} tokens, but the engine's KV blocks are "
+            f"of {settings.block_size}: pairs of a product will share less than they could",
             flush=True,
         )
     return Scoring(model, stage, prompt, settings)
@@ -170,14 +171,18 @@ def seen(args: argparse.Namespace, look: Callable[[argparse.Namespace, str, str]
     return look(args, *found) if found else None
 
 
-def scoring_beside(args: argparse.Namespace, folder: str, stage: str, prompt_id: str | None = None) -> Scoring:
-    """A second model of a command, asked with the prompt beside its weights; where that is not there, or is not the
-    wanted one (`prompt_id`), with `--prompt`."""
-    if args.prompt is None or inspect(folder).prompt_file is not None:
-        found = scoring(argparse.Namespace(**{**vars(args), "prompt": None}), folder, stage)
-        if args.prompt is None or prompt_id in (None, found.prompt.prompt_id):
-            return found
-    return scoring(args, folder, stage)
+def scoring_beside(args: argparse.Namespace, folder: str, stage: str) -> Scoring:
+    """A second model of a command, asked with the prompt beside its weights, or where there is none with `--prompt`."""
+    own = inspect(folder).prompt_file
+    return scoring(argparse.Namespace(**{**vars(args), "prompt": own or args.prompt}), folder, stage)
+
+
+def in_force(spark: SparkSession, args: argparse.Namespace) -> Scoring:
+    """The model and the prompt of the thresholds in force, whatever `--model` and `--prompt` name. Raises ValueError
+    where that prompt is not to be found."""
+    found = registered(spark, argparse.Namespace(**{**vars(args), "model": models.ACTIVE, "prompt": None}), scoring)
+    models.refuse_other_prompt(spark, args.tables, found)
+    return found
 
 
 def opened(
@@ -196,7 +201,38 @@ def opened(
 
 
 def registered(spark: SparkSession, args: argparse.Namespace, look: Callable[[argparse.Namespace, str, str], T]) -> T:
-    """What `look` (flags, folder, stage) makes of a `--model` that stands in the tables, or is the one in force."""
-    named = args.model not in (None, models.ACTIVE)
-    model_id = args.model if named else models.in_force(spark, args.tables)[0]
-    return look(args, *models.registered_folder(spark, args.tables, model_id))
+    """What `look` (flags, folder, stage) makes of a `--model` that stands in the tables, or is the one in force; that
+    one is asked with the prompt in force, of which the tables keep a copy, where `--prompt` names none."""
+    if args.model not in (None, models.ACTIVE):
+        return look(args, *models.registered_folder(spark, args.tables, args.model))
+    model_id, prompt_id = models.in_force(spark, args.tables)
+    prompt = args.prompt or models.kept_prompt(spark, args.tables, model_id, prompt_id)
+    return look(
+        argparse.Namespace(**{**vars(args), "prompt": prompt}),
+        *models.registered_folder(spark, args.tables, model_id),
+    )
+
+
+def selected(spark: SparkSession, root: str, job: str, query: str, limit: int | None = None) -> DataFrame:
+    """The pairs (pair_id) that the operator's `--pairs` selects, each once, in memory. As a subquery, so that only what
+    reads is SQL here."""
+    tiers.register(spark, root)
+    try:
+        found = spark.sql(f"SELECT pair_id FROM (\n{query.strip().rstrip(';')}\n)")  # noqa: S608
+        ids: dict[str, None] = {}  # in the order of the query
+        for row in found.toLocalIterator():
+            ids[str(row["pair_id"])] = None
+            if limit is not None and len(ids) > limit:
+                break
+    except PySparkException as error:
+        raise ValueError(
+            f"--pairs: {runs.in_a_line(error)} Wanted is one query that returns a column pair_id; "
+            "explain --help has one that works"
+        ) from error
+    if not ids:
+        raise ValueError('--pairs: the query selects no pair; look at it with: sql --tables T "…"')
+    if limit is not None and len(ids) > limit:
+        print(
+            f"{job}: the query selects more than {limit:,} pairs; the first {limit:,} are taken (--limit)", flush=True
+        )
+    return spark.createDataFrame([(i,) for i in list(ids)[:limit]], "pair_id STRING")

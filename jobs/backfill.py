@@ -81,10 +81,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(
                 "--sample compares with the model and prompt in force, and there are none other; leave --sample away"
             )
-        before = jobs.scoring_beside(
-            args, *models.registered_folder(spark, args.tables, in_force.model_id), in_force.prompt_id
-        )
-        models.refuse_other_prompt(spark, args.tables, before)
+        before = jobs.in_force(spark, args)
         run = backfill(spark, args.tables, before, chosen, False, args.retry_failed, args.max_refused, args.deadline)
         if exit_code(run):
             return exit_code(run)

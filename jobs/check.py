@@ -105,9 +105,9 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
             if spark is None or not opened:
                 mend = "which cannot be opened" if spark else "which were not named; add --tables T"
                 raise ValueError(f"--model {args.model or 'active'} stands in the tables, {mend}")
-            named = models.in_force(spark, args.tables)[0] if active else args.model
-            found = models.registered_folder(spark, args.tables, named)
-        what = jobs.scoring(args, *found)
+            what = jobs.registered(spark, args, jobs.scoring)
+        else:
+            what = jobs.scoring(args, *found)
         told = (
             f"{what.model.model_id} ({what.model.architecture}), {what.model.vocab_size:,} tokens, no code, no pickle"
         )
@@ -256,6 +256,8 @@ def prompts(prompt: Prompt, pairs: Sequence[dict[str, Any]]) -> Prompts:
 def parity(settings: EngineSettings, prompt: Prompt, asked: Prompts) -> bool:
     """Prints the largest differences; whether float32 agrees within `ALLOWED`."""
     asked = [ids for ids in asked if len(ids) < settings.max_model_len]
+    if not asked:
+        raise ValueError(f"all prompts are longer than --max-model-len {settings.max_model_len}; give a larger one")
     tokens = sum(map(len, asked))
     print(f"check: {len(asked)} pairs, {tokens:,} prompt tokens; the plain model first (slow) …", flush=True)
     plain = in_own_process(plain_model, settings.model, asked, prompt.label_ids)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -36,7 +35,7 @@ REASONS = {
     "unknown": "there is no such pair",
     "not_scored": "this model has not scored it with this prompt",
     "stale": "its text changed since it was scored",
-    "no_label": "it was scored without a result",
+    "no_label": "it was scored without a result, and is asked again by --retry-failed",
 }
 
 
@@ -72,7 +71,7 @@ def explain(
     adapter.refuse_chain_first(what.model.path)
     models.refuse_foreign_prompt(spark, root, what)
     made = form(what.model, what.prompt)
-    selected = chosen(spark, root, pairs, limit)
+    selected = jobs.selected(spark, root, JOB, pairs, limit)
     run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id)
     reasoning = Reasoning(spark, root, what, run)
     reasoning.form, reasoning.sampling = made, Sampling(max_tokens, made.end_ids, temperature=0.0)
@@ -81,30 +80,6 @@ def explain(
         run = runs.finish(spark, root, reasoning.run, "done")
     print(*told(spark, root, run, selected), sep="\n", flush=True)
     return run
-
-
-def chosen(spark: SparkSession, root: str, pairs: str, limit: int) -> DataFrame:
-    """The selected pairs (pair_id), each once, in memory. As a subquery, so that only what reads is SQL here."""
-    tiers.register(spark, root)
-    try:
-        found = spark.sql(f"SELECT pair_id FROM (\n{pairs.strip().rstrip(';')}\n)")  # noqa: S608
-        ids: dict[str, None] = {}  # in the order of the query
-        for row in found.toLocalIterator():
-            ids[str(row["pair_id"])] = None
-            if len(ids) > limit:
-                break
-    except PySparkException as error:
-        raise ValueError(
-            f"--pairs: {runs.in_a_line(error)} Wanted is one query that returns a column pair_id; "
-            "explain --help has one that works"
-        ) from error
-    if not ids:
-        raise ValueError('--pairs: the query selects no pair; look at it with: sql --tables T "…"')
-    if len(ids) > limit:
-        print(
-            f"{JOB}: the query selects more than {limit:,} pairs; the first {limit:,} are taken (--limit)", flush=True
-        )
-    return spark.createDataFrame([(i,) for i in list(ids)[:limit]], "pair_id STRING")
 
 
 class Reasoning(Drawing):

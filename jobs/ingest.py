@@ -71,8 +71,8 @@ def main(argv: list[str]) -> int:
     source = named_source(args.source, args.format, where)
 
     spark = delta.session(JOB)
+    found = inputs.listed(spark, where, args.format, WANTED[flag])  # before a table is made
     delta.prepare(spark, args.tables, new=True)
-    found = inputs.listed(spark, where, args.format, WANTED[flag])
     intake = Intake(spark, args.tables, source, runs.start(spark, args.tables, JOB, alone=True))
     with runs.recorded(spark, args.tables, intake.counted):
         refusal = None

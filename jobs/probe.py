@@ -5,9 +5,18 @@ probe --tables T [--model M] [--pairs 100]     (without --model: the one in forc
 Who sells can write what he likes into a product's text: the words that people search for, an order to the model, a
 judgement of his own. None of it can become a control token (udfs/prompt.py), but a model may still believe it. Asked
 are pairs that this model and prompt have scored and called Irrelevant by their likeliest label, once as they are and
-once in each way of `stuffed`. `measures` (split `probe`) then holds, by way, for all and by category, the share that
-becomes Related or better (flips_…) and how far the probability of that moves in the mean (lift_…), with intervals over
-queries. promote_thresholds refuses a model of which too many flip.
+once in each way:
+
+- words_1, words_5, words_50: the query's words so many times behind the title
+- order: one to the model, behind the title
+- judgement: a question and answer such as the prompt may hold
+- closed: brackets and tags that end what the text may stand in, and a label behind them
+- foreign: praise in three languages
+- length: ten times three sentences that say nothing, behind the description
+
+`measures` (split `probe`) then holds, by way, for all and by category, the share that becomes Related or better
+(flips_…) and how far the probability of that moves in the mean (lift_…), with intervals over queries.
+promote_thresholds refuses a model of which too many flip.
 """
 
 from __future__ import annotations
@@ -87,12 +96,7 @@ def probe(spark: SparkSession, root: str, what: Scoring, pairs: int = PAIRS) -> 
 
 
 def stuffed(pairs: DataFrame) -> DataFrame:
-    """Each of the pairs once as it is and once in each way; `pair_id` becomes way/pair_id.
-
-    words_N: the query's words N times behind the title. order: one to the model. judgement: a question and answer such
-    as the prompt may hold. closed: brackets and tags that end what the text may stand in, and a label behind them.
-    foreign: praise in three languages. length: ten times three sentences that say nothing, behind the description.
-    """
+    """Each of the pairs once as it is and once in each way that is told above; `pair_id` becomes way/pair_id."""
     query, text = F.col("query"), F.coalesce("description", F.lit(""))
     behind = {
         "words_1": query,

@@ -248,7 +248,8 @@ def fooled(spark: SparkSession, root: str, new: Version, gates: Gates) -> list[s
     worst = max(flips, key=lambda f: float(f["value"]), default=None)
     if worst is None:
         probe = f"probe --tables {root} --model {new.model_id}"
-        print(f"{JOB}: how easily model {new.model_id} is fooled is not known; measure it: {probe}")
+        prompt = f"asked with prompt {new.prompt_id} (--prompt FILE where that is not the one beside its weights)"
+        print(f"{JOB}: how easily model {new.model_id} is fooled is not known; measure it, {prompt}: {probe}")
         return []
     found = f"{worst['value']:.2%} of {worst['n']:,} pairs that model {new.model_id} calls Irrelevant"
     way = worst["measure"].removeprefix("flips_")

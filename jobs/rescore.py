@@ -71,11 +71,7 @@ def main(argv: list[str]) -> int:
         code = code or exit_code(run)  # a gate that failed before a promotion has failed
         if run.status != "done" or not (follow and args.every):
             return code
-        in_force, prompt_id = models.in_force(spark, args.tables)
-        ready = (one for one in candidates.values() if one.model.model_id == in_force)
-        what = next(ready, None) or jobs.scoring_beside(
-            args, *models.registered_folder(spark, args.tables, in_force), prompt_id
-        )
+        what = candidates.get(models.in_force(spark, args.tables)) or jobs.in_force(spark, args)
 
 
 def add_night_flags(parser: argparse.ArgumentParser) -> None:

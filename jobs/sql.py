@@ -3,6 +3,7 @@
 sql --tables T "SELECT pairs.query, title, p_excellent FROM pairs JOIN label_probs USING (pair_id) LIMIT 10"
 sql --tables T          (a prompt: one statement a line, empty line or Ctrl-D ends)
 
+The names are views; a table itself is changed by its path: UPDATE delta.`T/gold` SET split = 'test' WHERE …
 The statements are the operator's own, with all that Spark's SQL can do, writing and reading files too: no sandbox.
 """
 

@@ -169,4 +169,9 @@ def tell(spark: SparkSession, args: argparse.Namespace, answers: DataFrame, chos
     if total := sum(row["all_wrong"] for row in sides):
         # A run is of one model, prompt and split.
         (run,) = answers.select("run_id").distinct().collect()
-        print(f"{JOB}: {total:,} pairs were never right; list them: {NEVER_RIGHT.format(run[0])}", flush=True)
+        list_them = NEVER_RIGHT.format(run[0])
+        print(
+            f"{JOB}: {total:,} pairs were never right: a teacher's next work (write_chains --tables {args.tables} "
+            f'--model TEACHER --pairs "{list_them}", which are all that this run asked)',
+            flush=True,
+        )

@@ -168,7 +168,9 @@ def main(argv: list[str]) -> int:
         for row in rows.select(*columns).toArrow().to_pylist()
     ]
     if not data and args.labels_only:
-        raise ValueError(f"there is no judged train pair in {args.tables}; bring some: ingest --pairs FILE")
+        raise ValueError(
+            f"there is no judged train pair in {args.tables}; bring some: ingest --tables {args.tables} --pairs FILE"
+        )
     if not data:
         raise ValueError(
             f"no train pair in {args.tables} has a kept chain; bring some: write_chains --tables {args.tables} "
@@ -292,7 +294,7 @@ def train(
                 "order": lesson.form.order,
                 "trained_on": sorted({*lesson.trained_on, *sources(spark, args)}),
                 "data_hash": land(how, data, args.processes, parent=lesson.parent.weights_hash, base=lesson.base_hash),
-                "settings": {**how.recipe(), "processes": args.processes},
+                "settings": {**how.recipe(), "processes": args.processes, **chosen_rows(args)},
             }
             landed()
             figures = launch(how, args.processes, not engines.is_local(spark), **more)
@@ -305,8 +307,16 @@ def train(
             print(f"{job}: its log as charts: {draw(how.out)}")
             models.register(spark, args.tables, made, how.stage, how.out)
     runs.finish(spark, args.tables, replace(run, counts={"trained": len(data)}), "done")
-    print(f"{job}: made model {made.model_id}; score with it: rescore --tables {args.tables} --model {how.out}")
+    # One that reasons first has no label to read off.
+    ask = ("score with it: rescore", "") if lesson.form.order == "post" else ("ask it: sample", " --split dev --n 1")
+    print(f"{job}: made model {made.model_id}; {ask[0]} --tables {args.tables} --model {how.out}{ask[1]}")
     return made.model_id
+
+
+def chosen_rows(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that choose what is learnt from, as far as they were given."""
+    given = {name: getattr(args, name, None) for name in ("source", "limit", "labels_only", "raters", "per_pair")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 @contextmanager

@@ -50,6 +50,7 @@ def flags() -> jobs.Parser:
     parser.add_argument("--chains", metavar="FILE", help="chains written elsewhere; without it, --model writes them")
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
     parser.add_argument("--teacher-prompt", metavar="FILE", help="what a teacher is asked (default: demo/teacher.json)")
+    parser.add_argument("--pairs", metavar="SQL", help="of these pairs alone: a query that returns a column pair_id")
     parser.add_argument("--limit", type=jobs.positive, metavar="PAIRS", help="so many pairs, always the same ones")
     parser.add_argument("--n", type=int, default=1, help="chains a pair; the first right one is kept (default 1)")
     parser.add_argument("--temperature", type=float, help="default: 0 for one chain a pair, else 1")
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
             "--temperature 1 --n 4 --seed 1 draws others",
             flush=True,
         )
-    from_teacher(spark, args.tables, *teaches, args.source, args.limit, args.again)
+    from_teacher(spark, args.tables, *teaches, args.source, args.limit, args.again, args.pairs)
     return 0
 
 
@@ -112,12 +113,15 @@ def from_teacher(
     source: str | None = None,
     limit: int | None = None,
     again: bool = False,
+    pairs: str | None = None,
 ) -> runs.Run:
-    """Lets a teacher write the chains that are not there yet; returns the run's row."""
+    """Lets a teacher write the chains that are not there yet, of all judged train pairs or of those that the query
+    `pairs` selects; returns the run's row."""
+    wanted = None if pairs is None else jobs.selected(spark, root, JOB, pairs)
     run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id)
     lesson = Lesson(spark, root, what, run, prompt, asked)
     with lesson.at_work():
-        chosen = lesson.write_missing(source, limit, again)
+        chosen = lesson.write_missing(source, limit, again, wanted)
         there = delta.read(spark, root, "chains").where(F.col("teacher") == what.model.model_id)
         told, counts = by_label(there.join(chosen, "pair_id", how="left_semi"))
         run = runs.finish(spark, root, replace(lesson.run, counts=lesson.run.counts | counts), "done")
@@ -202,14 +206,17 @@ class Lesson(Drawing):
         # A teacher answers with the chain alone: no token of it is a label's.
         self.form = Form("post", (-1, -2, -3, -4), asked.end_ids, None, prompt.reserved, prompt.tokenizer_json)
 
-    def write_missing(self, source: str | None, limit: int | None, again: bool) -> DataFrame:
-        """Asks for the chains that are not there yet; returns the chosen pairs (pair_id)."""
+    def write_missing(self, source: str | None, limit: int | None, again: bool, wanted: DataFrame | None) -> DataFrame:
+        """Asks for the chains that are not there yet, of `wanted` pairs; returns the chosen pairs (pair_id)."""
         started = time.monotonic()
         judged = gold.learnt_from(self.spark, self.root, source)
         ordered = judged.orderBy(F.xxhash64("pair_id"), "pair_id")
         pool = ordered.limit(POOL).localCheckpoint()
-        chosen = (judged if limit is None else ordered.limit(limit)).localCheckpoint()
+        chosen = ordered if wanted is None else ordered.join(wanted, "pair_id", how="left_semi")
+        chosen = (chosen if limit is None else chosen.limit(limit)).localCheckpoint()
         total = chosen.count()
+        if not total and wanted is not None:
+            raise runs.Unmet("--pairs: none of the selected pairs is a judged one of split train; others get no chain")
         if not total:
             raise runs.Unmet(
                 f"there are no judged pairs in split train; bring some: ingest --tables {self.root} --pairs FILE "

@@ -6,6 +6,7 @@ the model_id of a row, or `active`: the model of the thresholds in force.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from schemas.files import is_uri
 from schemas.tables import MODELS
 from udfs import adapter
 from udfs.model import Model, cache_folder, fetched, inspect
+from udfs.prompt import Prompt
 from udfs.score import Scoring
 
 ACTIVE = "active"
@@ -156,13 +158,29 @@ def in_force(spark: SparkSession, root: str) -> tuple[str, str]:
     return version.model_id, version.prompt_id
 
 
+def kept_prompt(spark: SparkSession, root: str, model_id: str, prompt_id: str) -> dict[str, Any] | None:
+    """The content of the prompt.json with this id that the model was asked with; None where the tables do not know."""
+    known = row(spark, root, model_id)
+    text = (known["config"] or {}).get(_prompt_key(prompt_id)) if known else None
+    return json.loads(text) if text else None
+
+
+def keep_prompt(prompt: Prompt) -> dict[str, str]:
+    """What `register` adds to a model's config, so that `kept_prompt` finds the prompt."""
+    return {_prompt_key(prompt.prompt_id): json.dumps(prompt.spec)}
+
+
+def _prompt_key(prompt_id: str) -> str:
+    return f"prompt {prompt_id}"
+
+
 def refuse_other_prompt(spark: SparkSession, root: str, what: Scoring) -> None:
     """Raises ValueError where the thresholds in force are of this model, but of another prompt: no tier would come."""
     model_id, prompt_id = in_force(spark, root)
     if model_id == what.model.model_id and prompt_id != what.prompt.prompt_id:
         raise ValueError(
             f"the thresholds in force are of prompt {prompt_id}, but model {model_id} would be asked with "
-            f"{what.prompt.prompt_id}; give the file of the former with --prompt FILE, or name the model itself"
+            f"{what.prompt.prompt_id}; give the file of the former with --prompt FILE"
         )
 
 

@@ -21,8 +21,9 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.types import IntegerType, LongType, StructField, StructType
 
-# A cut is only made before a new group (a product), and inside a group after so many tokens of work: a very hot product
-# is split, and computing its prefix (some hundred tokens) once more for each piece stays below a few per cent.
+# A cut is only made before a new group (a product), where a part of the line begins, and inside a group after so many
+# tokens of work: a very hot product is split, and computing its prefix (some hundred tokens) once more for each piece
+# stays below a few per cent.
 HOT_TOKENS = 8192
 
 MEASURES = [
@@ -78,7 +79,7 @@ def _measure(block: int) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.Rec
                 shared = shared_prefix(last, prompt)
                 same_group = groups[row] == last_group and shared >= last_group and position + row > 0
                 # One that costs nothing stays with its twin: at the line's very end it would lie behind the last cut.
-                if not same_group or (work - anchor >= HOT_TOKENS and shared < len(prompt)):
+                if shared < len(prompt) and (not same_group or work - anchor >= HOT_TOKENS):
                     anchor = work
                 anchors[row] = anchor
                 nodes[row] = len(prompt) - shared

@@ -2,8 +2,8 @@
 
 A line (partitioner/prefix.py) is cut into waves of about a minute of engine work. Each is put to the engines, landed,
 looked at (canaries, dead engines, answers that are no numbers), and written in one commit while the engines go on with
-the next; so a kill costs at most a wave, and readers see news every minute, or few where a commit into a large table
-takes that long itself. What a wave asks and what it writes is the
+the next; so a kill costs the wave that is being written and what was asked behind it, and readers see news every
+minute, or few where a commit into a large table takes that long itself. What a wave asks and what it writes is the
 owner's: `Night` in partitioner/night.py, and the jobs that probe, sample, explain and write chains.
 """
 
@@ -39,7 +39,7 @@ from udfs.sample import sampled_schema, sampler
 from udfs.score import Scoring, scored_schema, scorer
 from udfs.stream import loader
 
-WAVE_SECONDS = 60.0  # of engine work: what a kill can cost, and how often readers see news
+WAVE_SECONDS = 60.0  # of engine work: two or three of them are what a kill can cost; how often readers see news
 COMMIT_SECONDS = 45.0  # of a wave's commit: where one takes longer, waves grow, or engines would wait for it
 MOST_WAVES = 5.0  # as long as so many a wave may grow
 TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of half a second
@@ -231,8 +231,9 @@ class Waves(ABC):
         fitting = line.rows.where(F.size("ids") < what.settings.max_model_len)
         chosen = fitting.orderBy(F.xxhash64("ids")).select("ids").limit(CHECKED_PROMPTS)
         sample = [list(r["ids"]) for r in chosen.collect()]
+        kept = models.keep_prompt(what.prompt)
         if not sample:
-            models.register(self.spark, self.root, what.model, what.stage)  # and the next batch checks
+            models.register(self.spark, self.root, what.model, what.stage, config=kept)  # and the next batch checks
             return
         check = selfcheck.checker(what.settings, what.prompt.label_ids, sample, known, what.load_engine)
         with self.timed("check"), self.cancellable("check"), engines.own_workers(self.spark):
@@ -244,7 +245,7 @@ class Waves(ABC):
             )
         sample = list(selfcheck.asked(sample, found["attempt"]))
         if not sample:  # the engine died on the few there are
-            models.register(self.spark, self.root, what.model, what.stage)
+            models.register(self.spark, self.root, what.model, what.stage, config=kept)
             return
         allowed, of_mean = selfcheck.NOISE[found["dtype"]], selfcheck.MEAN_NOISE[found["dtype"]]
         print(
@@ -274,7 +275,7 @@ class Waves(ABC):
             what.model,
             what.stage,
             metrics={f"self_check_dp {about}": found["self_check_dp"], f"tokens_per_second {about}": self._rate},
-            config={f"canaries {about}": json.dumps([asdict(canary) for canary in self.known])},
+            config=kept | {f"canaries {about}": json.dumps([asdict(canary) for canary in self.known])},
         )
         self._checked = self._rate
 
@@ -596,8 +597,8 @@ class Waves(ABC):
                 self._end = GaveUp(
                     f"gave up: engines died {deaths} times in one wave, more than {POISONS} bad pairs explain. What "
                     "was scored and found bad is written; the next start goes on with the rest. The executors' logs "
-                    "say what the engine died of; often it is memory (--max-num-seqs, --max-num-batched-tokens, "
-                    "--kv-cache-gib)."
+                    "say what the engine died of; often it is memory (--max-num-seqs; on a GPU "
+                    "--max-num-batched-tokens and --gpu-memory, on CPUs --max-model-len and --kv-cache-gib)."
                 )
         self._count(engine_deaths=deaths)
         return answered

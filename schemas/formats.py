@@ -27,6 +27,8 @@ from schemas.files import File, literal
 
 # A line beyond this is skipped by Hadoop's reader instead of filling the memory; `lost_bytes` finds that it was.
 LONGEST_LINE = 32 << 20
+REFUSED = "refused file: "  # what the reason begins with where it is of a whole file
+_BEGINNING = 1000  # letters of each text of a Parquet row that is too large
 _ORIGINAL_BYTES = 64 << 10  # of a refused row, kept in quarantine
 REREAD_LINES = 10_000_000  # of a CSV file with records that do not end; some ten seconds
 _BATCH_ROWS, _BATCH_BYTES = 1_000, 16 << 20
@@ -194,7 +196,7 @@ _CROSSING = {
 def columns(spark: SparkSession, files: Sequence[File], fields: Sequence[str]) -> DataFrame:
     """Rows of Parquet files of one schema: file, block, n, size, ignored, and those of `fields` that are there.
 
-    `ignored`: names of the other columns. A row beyond MAX_ROW_BYTES comes with nulls.
+    `ignored`: names of the other columns. A row beyond MAX_ROW_BYTES comes with the beginning of its texts alone.
     """
     schema = files[0].schema or T.StructType()
     wanted = T.StructType([f for f in schema.fields if f.name in fields])
@@ -202,10 +204,12 @@ def columns(spark: SparkSession, files: Sequence[File], fields: Sequence[str]) -
     size = reduce(lambda one, other: one + other, map(_octets, wanted.fields))
     placed = spark.read.schema(wanted).parquet(*[literal(f.path) for f in files])
     placed = placed.select(*_place(), size.alias("size"), ignored.alias("ignored"), *wanted.names)
-    values = [
-        F.when(F.col("size") <= MAX_ROW_BYTES, _flat(f).cast(_CROSSING.get(f.name, "binary"))).alias(f.name)
-        for f in wanted.fields
-    ]
+    values = []
+    for field in wanted.fields:
+        value = F.when(F.col("size") <= MAX_ROW_BYTES, _flat(field))
+        if field.dataType == T.StringType():
+            value = value.otherwise(F.substring(field.name, 1, _BEGINNING))
+        values.append(value.cast(_CROSSING.get(field.name, "binary")).alias(field.name))
     return placed.select("file", "block", "n", "size", "ignored", *values)
 
 
@@ -349,7 +353,7 @@ def csv_rows(
                 if absent or len(set(header)) < len(header):
                     wrong = f"{', '.join(absent)} missing" if absent else "a name stands twice"
                     rest = sum(other.size for other in lines)
-                    reason = f"refused file: wrong columns: {wrong} in the header"
+                    reason = f"{REFUSED}wrong columns: {wrong} in the header"
                     yield replace(line, size=line.size + rest), None, reason
                     break
                 yield line, None, None

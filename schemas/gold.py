@@ -48,8 +48,8 @@ def learnt_from(spark: SparkSession, root: str, source: str | None = None) -> Da
     pairs = judged(spark, root, "train", source).where("label IS NOT NULL")
     if leaks := leaked(spark, root, pairs):
         raise ValueError(
-            f"queries of the train split are also in dev or test, such as {leaks[0]!r}; give all pairs of a query one "
-            "split (ingest does so where the input names none)"
+            f"queries of the train split are also in dev or test, such as {leaks[0]!r}; all pairs of a query want one "
+            f"split. Ingest keeps the one that is stored in {root}/gold; there it is changed by an UPDATE (sql --help)"
         )
     return pairs
 

@@ -58,7 +58,7 @@ class Input:
 class Judged:
     """What an input holds. `rows`: columns of `formats.ROW`, and path, name, line, and pair_id where the row tells it.
 
-    A refused file is one row of it, without a line. `read` and `refused` count rows of files.
+    A refused file is one row of it, without a line but where its header was refused. `read` and `refused` count rows.
     """
 
     rows: DataFrame
@@ -96,6 +96,7 @@ def judged(spark: SparkSession, found: Input, folder: str) -> Judged:
         F.sum("size").alias("size"),
         F.count_if(~F.col("blank")).alias("read"),
         F.count_if(F.col("reason").isNotNull()).alias("refused"),
+        F.count_if(F.col("reason").startswith(formats.REFUSED)).alias("whole"),  # files, by their header
         F.array_distinct(F.flatten(F.collect_list("ignored"))).alias("ignored"),
     )
     told = sorted(blocks.collect(), key=lambda b: (b["file"], b["block"]))  # a block has up to 128 MB
@@ -118,15 +119,16 @@ def judged(spark: SparkSession, found: Input, folder: str) -> Judged:
     known = F.col("query").isNotNull() & F.col("product_id").isNotNull()
     rows = rows.withColumn("line", F.col("n") + F.col("shift")).withColumn("pair_id", F.when(known, key)).drop("shift")
     if refused:
-        whole = [(files.shown(path), files.shown(path), f"refused file: {why}") for path, why in refused.items()]
+        whole = [(files.shown(path), files.shown(path), f"{formats.REFUSED}{why}") for path, why in refused.items()]
         rows = rows.unionByName(
             spark.createDataFrame(whole, "raw STRING, path STRING, reason STRING"), allowMissingColumns=True
         )
+    by_header = sum(block["whole"] for block in told)
     return Judged(
         rows=rows,
-        read=sum(block["read"] for block in told),
-        refused=sum(block["refused"] for block in told),
-        refused_files=len(refused),
+        read=sum(block["read"] for block in told) - by_header,
+        refused=sum(block["refused"] for block in told) - by_header,
+        refused_files=len(refused) + by_header,
         ignored=sorted({name for block in told for name in block["ignored"]}),
     )
 

@@ -65,8 +65,12 @@ def test_a_changed_or_missing_file_is_refused_with_the_command_that_mends_it(
     model.demo_model(tmp_path)
 
 
-def test_a_small_file_of_the_same_size_with_other_content_is_refused(conversions: list[Path], tmp_path: Path) -> None:
-    (model.demo_model(tmp_path) / "tokenizer.json").write_text("[]")
+@pytest.mark.parametrize("name", [model.WEIGHTS, "tokenizer.json"])
+def test_a_file_of_the_same_size_with_other_content_is_refused(
+    conversions: list[Path], tmp_path: Path, name: str
+) -> None:
+    file = model.demo_model(tmp_path) / name
+    file.write_bytes(file.read_bytes()[:-1] + b"~")
     with pytest.raises(ValueError, match=r"rm -r '.*demo-model'"):
         model.demo_model(tmp_path)
 

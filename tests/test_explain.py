@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs.explain import chosen, explain
+import jobs
+from jobs.explain import explain
 from schemas import delta
 from schemas.labels import LABELS, P_COLUMNS
 from tests import judged, pairs
@@ -146,7 +147,7 @@ def test_what_is_no_query_for_pairs_is_refused_and_nothing_is_done(spark: SparkS
         else "Wanted is one query that returns a column pair_id"
     )
     with pytest.raises(ValueError, match=f"--pairs: .*{why}"):
-        chosen(spark, root, query, 10)
+        jobs.selected(spark, root, "explain", query, 10)
     assert spark.catalog.tableExists("pairs")
 
 
@@ -157,5 +158,5 @@ def test_a_query_may_have_a_comment_at_its_end_and_no_more_than_the_limit_is_tak
     put(spark, root, PRODUCTS)
     ids = sorted(r["pair_id"] for r in delta.read(spark, root, "pairs").collect())
     query = "SELECT * FROM pairs ORDER BY pair_id DESC -- the last ones;"
-    assert [r["pair_id"] for r in chosen(spark, root, query, 3).collect()] == ids[::-1][:3]
+    assert [r["pair_id"] for r in jobs.selected(spark, root, "explain", query, 3).collect()] == ids[::-1][:3]
     assert "more than 3 pairs; the first 3 are taken" in capsys.readouterr().out

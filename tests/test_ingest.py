@@ -358,6 +358,11 @@ def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_alon
         ("b.csv", 1): "refused file: wrong columns: query, product_id, title missing in the header",
         ("c.csv", 1): "refused file: wrong columns: a name stands twice in the header",
     }
+    (run,) = delta.read(spark, root, "runs").collect()
+    assert {name: run["counts"][name] for name in ("read", "accepted", "refused_files")} == {
+        "read": 10, "accepted": 3, "refused_files": 2
+    }  # fmt: skip
+    assert take("--pairs", folder / "b.csv") == 3  # nothing of it could be read
 
 
 @pytest.mark.slow
@@ -389,10 +394,14 @@ def test_an_unfit_parquet_file_is_refused_as_a_whole_and_the_others_go_on(
     table = pa.table({"query": text, "product_id": ["8", "9"], "title": ["t", "t\x00"]})
     pq.write_table(table, folder / "rows.parquet")
     (folder / "in.parquet.gz").write_bytes(gzip.compress(whole))
+    parquet(folder / "large.parquet", [pair(n, description="d" * 10_000_000) for n in (20, 21)])
 
     assert take("--pairs", folder) == 0
     assert {k[0] for k in stored(spark, root)} == {"p1", "p2", "8"}
     found = reasons(spark, root)
+    assert [found.pop(("large.parquet", n)).partition(":")[0] for n in (1, 2)] == ["too large"] * 2
+    large = delta.read(spark, root, "quarantine").where("reason LIKE 'too large%'").select("row").collect()
+    assert sorted(json.loads(row["row"].partition(" …")[0])["product_id"] for row in large) == ["p20", "p21"]
     assert found.pop(("rows.parquet", 2)).startswith("not UTF-8: byte 0xff at position 2 of query")
     assert all(line is None and why.startswith("refused file: ") for (_, line), why in found.items())
     why = {name: text.removeprefix("refused file: ") for (name, _), text in found.items()}

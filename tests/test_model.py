@@ -106,6 +106,7 @@ def a_file_name(folder: Path) -> None:
         lambda folder: changed(folder / "config.json", rope_theta=1e6),
         lambda folder: changed(folder / "tokenizer.json", version="1.1"),
         lambda folder: save_file({"lm_head.weight": np.ones(2)}, folder / "more.safetensors"),
+        lambda folder: write(folder / "model.safetensors.index.json", {"weight_map": {EMBEDDING: "model.safetensors"}}),
     ],
 )
 def test_any_other_byte_is_another_model(folder: Path, change: Callable[[Path], None]) -> None:

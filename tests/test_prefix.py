@@ -109,6 +109,26 @@ def test_each_shard_is_a_task_of_its_own_in_the_order_of_the_token_ids(spark: Sp
         assert ids == sorted(ids)
 
 
+def test_adaptive_execution_as_a_cluster_has_it_leaves_each_shard_its_own_task(spark: SparkSession) -> None:
+    prompts = a_night(20, 3)
+    line = landed(as_rows(spark, prompts, [len(p) - 1 for p in prompts]), 2)
+    spark.conf.set("spark.sql.adaptive.enabled", "true")
+    try:
+        rows = line.shards(0, line.length, 4).withColumn("task", F.spark_partition_id()).collect()
+    finally:
+        spark.conf.set("spark.sql.adaptive.enabled", "false")
+    assert {(row["shard"], row["task"]) for row in rows} == {(n, n) for n in range(4)}
+
+
+def test_a_prompt_that_is_its_neighbours_twin_in_another_group_is_in_a_wave_too(spark: SparkSession) -> None:
+    """The query of the one is written at the end of the other's product."""
+    prompts = [[1, 2, 3], [5, 6, 7, 8], [5, 6, 7, 8]]
+    line = landed(as_rows(spark, prompts, [2, 2, 3]), 1)
+    cut = range(0, line.length, 2)
+    found = [line.shards(begin, min(begin + 2, line.length), 1).count() for begin in cut]
+    assert sum(found) == 3
+
+
 def test_shards_have_equal_work_to_within_one_product(spark: SparkSession) -> None:
     prompts = a_night(40, 3)
     line = landed(as_rows(spark, prompts, [len(p) for p in prompts]), 1)

@@ -165,6 +165,31 @@ def text_of(spark: SparkSession, root: str, table: str) -> dict[str, str]:
     return {r["pair_id"]: r["content_hash"] for r in delta.read(spark, root, table).collect()}
 
 
+def test_the_model_in_force_is_asked_with_the_prompt_in_force_of_which_the_tables_keep_a_copy(
+    spark: SparkSession, root: str, tmp_path: Path
+) -> None:
+    folder = tiny_model(tmp_path / "model")
+    (tried := tmp_path / "tried.json").write_text(json.dumps({**PROMPT, "block": 64}))
+    parser = argparse.ArgumentParser()
+    jobs.add_scoring_flags(parser, model_required=False)
+    args = parser.parse_args(["--prompt", str(tried)])
+    args.tables = root
+    what = jobs.scoring(args, str(folder), "external")
+    models.register(spark, root, what.model, "external", config=models.keep_prompt(what.prompt))
+    in_force: dict[str, Any] = {"model_id": what.model.model_id, "prompt_id": what.prompt.prompt_id}
+    judged.fill(spark, root, "thresholds", judged.cuts(1, {"": (0.5, 0.5, 0.5)}, "active", **in_force))
+    tried.unlink()
+    args.prompt = None
+    assert jobs.scoring(args, str(folder), "external").prompt.prompt_id != what.prompt.prompt_id  # beside the weights
+    for name in (None, "active"):
+        args.model = name
+        assert jobs.registered(spark, args, jobs.scoring).prompt == what.prompt
+    args.model, args.prompt = "another", str(folder / "prompt.json")  # those of a candidate
+    assert jobs.in_force(spark, args).regime == what.regime
+    (folder / "prompt.json").unlink()
+    assert jobs.in_force(spark, args).regime == what.regime
+
+
 @pytest.mark.slow
 def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_was_named(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model")
@@ -176,7 +201,6 @@ def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_w
     named = jobs.scoring(args, str(folder), "external").prompt.prompt_id
     own = jobs.scoring_beside(args, str(folder), "external").prompt.prompt_id
     assert own != named
-    assert jobs.scoring_beside(args, str(folder), "external", named).prompt.prompt_id == named
     (folder / "prompt.json").unlink()
     assert jobs.scoring_beside(args, str(folder), "external").prompt.prompt_id == named
     save_file({"lm_head.qweight": np.ones(2)}, folder / "more.safetensors")

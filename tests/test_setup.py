@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -30,6 +31,23 @@ def test_java_17_or_21_is_looked_for_and_else_the_command_that_installs_it_is_na
         told = version.split(".")[0] if version else "not there"
         assert f"Spark needs Java 17 or 21; {tmp_path}/bin/java is {told}. Install it" in done.stderr
         assert "sudo apt-get install openjdk-17-jre-headless" in done.stderr
+
+
+def test_a_python_is_looked_for_and_else_the_command_that_installs_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "requirements").mkdir()
+    shutil.copy(REPO / "Makefile", tmp_path)
+    shutil.copy(REPO / "requirements" / "uv.txt", tmp_path / "requirements")
+    for name in ("python3.12", "python3.11", "python3"):
+        (python := tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        python.write_text("#!/bin/sh\nexit 1\n")
+        python.chmod(0o755)
+    words = ["make", "-C", str(tmp_path), ".venv/uv"]
+    path = f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(words, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode
+    assert "Python 3.11 or 3.12 with its venv module was not found" in done.stderr
+    assert "sudo apt-get install python3.11 python3.11-venv" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda file: file.name)

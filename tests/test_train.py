@@ -155,11 +155,23 @@ def test_dpo_prefers_the_right_answers(answers: Form, taught: Path, tmp_path: Pa
 
 
 def test_activations_that_are_computed_twice_give_the_same_weights(
-    base: Path, answers: Form, taught: Path, tmp_path: Path
+    base: Path, answers: Form, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from transformers import PreTrainedModel
+
+    enable, enabled = PreTrainedModel.gradient_checkpointing_enable, []
+
+    def noted(self: Any, *told: Any, **more: Any) -> None:
+        enabled.append(self)
+        enable(self, *told, **more)
+
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", noted)
+
     def trained(stage: str, parent: Path, rows: list[dict[str, Any]], saved: bool, **more: Any) -> str:
+        enabled.clear()
         how = settings(parent, tmp_path / f"{stage}-{saved}", stage, epochs=1, gradient_checkpointing=saved)
         run(how, rows, **more)
+        assert bool(enabled) == saved
         return weights_hash(how.out)
 
     for stage, parent, rows, more in (
@@ -167,6 +179,49 @@ def test_activations_that_are_computed_twice_give_the_same_weights(
         ("dpo", taught, preferred(answers), {}),
     ):
         assert trained(stage, parent, rows, True, **more) == trained(stage, parent, rows, False, **more)
+
+
+@pytest.mark.parametrize("order", ["post", "pre"])
+def test_sfts_loss_is_that_of_all_rows_by_their_weights_whatever_sequences_they_are_put_into(
+    base: Path, answers: Form, tmp_path: Path, order: str
+) -> None:
+    import torch
+
+    first = dataclasses.replace(answers, order=order)
+    label_at = 0 if order == "post" else -2
+    rows = [{**row, "weight": (1.0, 0.5, 0.25)[n % 3]} for n, row in enumerate(lessons(first, 11))]
+    told = {}
+    for tokens in (40, 4096):  # a row or two in a sequence, and all; the sequences of an epoch are one step
+        how = settings(base, tmp_path / str(tokens), batch_tokens=tokens, accumulate=64, epochs=1, balance=0.5)
+        run(how, rows, label_at=label_at)
+        told[tokens] = next(entry for entry in log(tmp_path / str(tokens)) if "loss" in entry)
+
+    model, counts = train.policy(settings(base, tmp_path)), dict.fromkeys(answers.label_ids, 0.0)
+    for row in rows:
+        counts[row["answer"][label_at]] += row["weight"]
+    loss = weight = 0.0
+    with torch.no_grad():
+        for row in rows:
+            prompt, answer = [*row["root"], *row["rest"]], row["answer"]
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            losses = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none")
+            losses[label_at] *= 4.0 * (sum(counts.values()) / 4 / counts[answer[label_at]]) ** 0.5
+            loss += row["weight"] * float(losses.sum())
+            weight += row["weight"] * (4.0 + len(answer) - 1)
+    assert told[40]["loss"] == pytest.approx(loss / weight, rel=1e-3)
+    assert told[4096]["loss"] == pytest.approx(loss / weight, rel=1e-3)
+    assert told[40]["grad_norm"] == pytest.approx(told[4096]["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+def test_a_stage_trains_an_adapter_in_bfloat16(answers: Form, taught: Path, tmp_path: Path, stage: str) -> None:
+    rows, changes, more = a_stage(stage, answers)
+    short = {"full": False, "dtype": "bfloat16", "epochs": 1, "steps": 2, "gradient_checkpointing": True}
+    run(settings(taught, tmp_path / stage, stage, **changes | short), rows, **more)
+    told = [entry for entry in log(tmp_path / stage) if "loss" in entry]
+    assert told
+    assert all(np.isfinite(entry["loss"]) and np.isfinite(entry["grad_norm"]) for entry in told)
 
 
 @pytest.mark.slow
@@ -411,7 +466,13 @@ def test_two_processes_train_one_model_and_end_together(
     train.leave(how, "tiny")
     told = [entry for entry in log(tmp_path / stage) if "loss" in entry]
     assert [entry["step"] for entry in told] == list(range(1, len(told) + 1))  # one process writes the log
-    assert weights_hash(str(tmp_path / stage))
+    if stage != "grpo":  # which draws in each process from all pairs
+        alone = settings(taught, tmp_path / "alone", stage, **changes | {"accumulate": 2})
+        run(alone, rows, **more)
+        same = [entry for entry in log(tmp_path / "alone") if "loss" in entry]
+        for name in ("loss", "grad_norm"):
+            wanted = [entry[name] for entry in same]
+            assert [entry[name] for entry in told] == pytest.approx(wanted, rel=0.02), name
     if stage == "grpo":
         spent = [entry["generated_tokens"] for entry in told]
         assert spent[-2] < 300 <= spent[-1]
@@ -455,17 +516,22 @@ def cut_short(out: Path, checkpoints: int, left: Sequence[str] = ()) -> Path:
     return cut
 
 
-@pytest.mark.parametrize("full", [pytest.param(True, marks=pytest.mark.slow), False], ids=["full", "adapter"])
-def test_a_dpo_that_goes_on_from_its_checkpoint_ends_with_the_same_weights(
-    answers: Form, taught: Path, tmp_path: Path, full: bool
+@pytest.mark.parametrize(
+    ("stage", "full", "lost"),
+    [("sft", False, (2, 1)), ("dpo", False, (1, 0)), pytest.param("dpo", True, (1, 0), marks=pytest.mark.slow)],
+)
+def test_a_training_that_goes_on_from_its_checkpoint_ends_with_the_same_weights(
+    answers: Form, taught: Path, tmp_path: Path, stage: str, full: bool, lost: tuple[int, int]
 ) -> None:
+    rows, _, more = a_stage(stage, answers)
+
     def ended(out: Path) -> list[float]:
-        how = settings(taught, out, "dpo", full=full, epochs=2, learning_rate=5e-4, checkpoint_every=5)
-        run(how, preferred(answers))
-        return [entry["step"] for entry in log(out) if "rewards/margins" in entry]
+        how = settings(taught, out, stage, full=full, epochs=2, learning_rate=5e-4, checkpoint_every=5)
+        run(how, rows, **more)
+        return [entry["step"] for entry in log(out) if "loss" in entry]
 
     whole = ended(tmp_path / "whole")
-    for checkpoints in (1, 0):
+    for checkpoints in lost:
         cut = cut_short(tmp_path / "whole", checkpoints, ["optimizer.pt", "trainer_state.json"])
         assert ended(cut) == whole
         assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))

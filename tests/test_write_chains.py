@@ -169,6 +169,10 @@ def test_a_teacher_is_asked_once_and_again_only_for_what_was_dropped(spark: Spar
     assert all(after[p]["run_id"] == run.run_id for p, r in rows.items() if r["kept"])
     assert more.counts["kept"] == sum(r["kept"] for r in after.values()) > kept
     assert teaching.write(spark, root, limit=5).counts["seen"] == 5
+    some = "SELECT pair_id FROM gold WHERE label = 3"
+    assert teaching.write(spark, root, pairs=some).counts["seen"] == sum(r["label"] == 3 for r in rows.values())
+    with pytest.raises(ValueError, match="none of the selected pairs is a judged one of split train"):
+        teaching.write(spark, root, pairs="SELECT pair_id FROM gold WHERE split = 'test'")
 
 
 def test_no_pair_of_its_own_query_and_none_that_is_held_out_is_shown_to_the_teacher(

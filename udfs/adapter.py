@@ -2,7 +2,8 @@
 
 The engine runs whole weights, so an adapter is merged before it scores. The sum is taken in float64 and rounded once,
 so that every machine gets the same bytes and with them the same model_id; a library's merge in bf16 rounds twice and
-depends on the machine's kernels. Only what that sum covers is let through: plain LoRA on linear layers.
+depends on the machine's kernels. Only what that sum covers is let through: plain LoRA on linear layers, the head among
+them where the base has one of its own (of one that is tied to the embedding it is refused).
 """
 
 from __future__ import annotations

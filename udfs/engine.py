@@ -425,14 +425,15 @@ def note_out_of_memory() -> None:
 
 
 def within_memory(settings: EngineSettings, on_cpu: bool) -> EngineSettings:
-    """The settings with the size of a step filled in: half as many prompts and tokens for each engine that ran out of
-    memory on this executor, at most three times: beyond that it is a prompt, or the machine."""
+    """The settings with the size of a step filled in: half as many prompts, and on a GPU tokens, for each engine that
+    ran out of memory on this executor, at most three times: beyond that it is a prompt, or the machine."""
     seqs, budget = _step(settings, on_cpu)
     notes = _notes()
     if count := min(3, len(notes.read_text().split())) if notes and notes.exists() else 0:
         seqs, budget = max(1, seqs >> count), max(settings.block_size, budget >> count)
+        tokens = f" and {budget} tokens" * (not on_cpu)  # on CPU it must have room for the longest prompt
         print(
-            f"engine: {count} ran out of memory on this executor; a step takes {seqs} prompts and {budget} tokens now",
+            f"engine: {count} ran out of memory on this executor; a step takes {seqs} prompts{tokens} now",
             file=sys.stderr,
             flush=True,
         )

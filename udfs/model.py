@@ -25,6 +25,7 @@ from typing import Any
 from schemas.files import is_uri
 
 QUANT_CONFIG = "hf_quant_config.json"
+INDEX = "model.safetensors.index.json"
 # vLLM 0.32's names for quantised checkpoints on disk (its list is longer: it holds ways to quantise while loading).
 QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4", "quark")
 # Decoders in vLLM's registry end so; ForConditionalGeneration is a decoder that also takes images.
@@ -103,6 +104,8 @@ def inspect(where: str, whole: bool = False) -> Model:
     weights = weights_hash(str(path), whole)
     lasting = {key: value for key, value in config.items() if key not in _VOLATILE}
     identity = [weights, lasting, hashlib.sha256(tokenizer_json.encode()).hexdigest()]
+    if (path / INDEX).is_file():  # of two files with a tensor it says whose is loaded
+        identity.append(_json(path / INDEX).get("weight_map") or {})
     return Model(
         path=str(path),
         model_id=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
@@ -160,7 +163,7 @@ def manifest(folder: str) -> Manifest:
     """
     files = [
         *_weight_files(Path(folder)),
-        *(Path(folder) / name for name in ("config.json", "tokenizer.json", QUANT_CONFIG)),
+        *(Path(folder) / name for name in ("config.json", "tokenizer.json", QUANT_CONFIG, INDEX)),
     ]
     return tuple((file.name, file.stat().st_size, _mark(file)) for file in files if file.is_file())
 
@@ -373,7 +376,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
             f"has no *.safetensors{seen}; load the model where you trust it and save it with save_pretrained, which "
             "writes safetensors",
         )
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     wanted = _json(index).get("weight_map") if index.exists() else {}
     if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
         raise _refusal(path, f"has a {index.name} without a weight_map of file names; copy the file again")

@@ -60,6 +60,7 @@ class Prompt:
     query: tuple[Segment, ...]
     reserved: frozenset[int] = field(repr=False)
     tokenizer_json: str = field(repr=False)
+    spec: Mapping[str, Any] = field(repr=False, compare=False)  # what the file says
 
     @property
     def head(self) -> int:
@@ -128,6 +129,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], tokenizer_json: str
         query=query,
         reserved=frozenset(tokenizer.get_added_tokens_decoder()),
         tokenizer_json=tokenizer_json,
+        spec=spec,
     )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schemas.labels import LABELS
+from schemas.runs import Unmet
 from udfs import adapter
 from udfs.answer import Form, conclusion
 from udfs.difficulty import STATE, Difficulty, pass_rates
@@ -110,9 +111,7 @@ def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], processes: int
         other = [key for key in keys if was["settings"].get(key) != plan["settings"].get(key)]
         other += ["the weights it starts from"] * (was.get("weights") != plan["weights"])
         other += ["the rows"] * (was["data_hash"] != data_hash)
-        raise ValueError(
-            f"--out {settings.out} holds a training that differs in {', '.join(other)}; name another folder"
-        )
+        raise Unmet(f"--out {settings.out} holds a training that differs in {', '.join(other)}; name another folder")
     pq.write_table(pa.Table.from_pylist(list(rows)), f"{settings.out}/{DATA}")
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(plan, indent=2), encoding="utf-8")
@@ -245,11 +244,14 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
     trees = list(grouped(rows, settings.batch_tokens))
     trees = [trees[i] for i in np.random.default_rng(settings.seed).permutation(len(trees))]
     packed = [[row for i in together for row in trees[i]] for together in forests(trees, settings.batch_tokens)]
+    # Of a mean sequence. Divided by its own, a sequence of one row would teach as much as one of a dozen, and what a
+    # row weighs would cancel in it.
+    whole = sum(row.weight * (settings.label_weight + len(row.answer) - 1) for row in rows) / len(packed)
 
     class Trainer(SFTTrainer):
-        """SFT on forests; only the positions that foretell an answer's token meet the vocabulary, a fifth of them."""
+        """SFT on forests; only the positions that foretell an answer's token meet the vocabulary."""
 
-        loss_is_scaled_for_ga: Any = False  # a mean of its sequence; the trainer divides by `accumulate`
+        loss_is_scaled_for_ga: Any = False  # the trainer divides by `accumulate`
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -269,9 +271,7 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
                 self._metrics["train"][name].append(mean.item())
             balanced = torch.ones_like(losses)
             balanced[is_label] = torch.tensor([weight_of[i] for i in labels[is_label].tolist()], device=losses.device)
-            # Not by the balanced weights: a sequence of one label alone would cancel its own.
-            whole = torch.where(is_label, settings.label_weight, 1.0) * shares
-            return (losses * balanced * shares).sum() / whole.sum()
+            return (losses * balanced * shares).sum() / whole
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         (example,) = examples
