@@ -4,7 +4,7 @@ The prompt is the cost in training too. A row alone is `prompt + answer`; all ro
 one product its text, and the answers to one pair the whole prompt. Here rows are laid out as one sequence, the trie of
 their prompts walked depth first: each token at the position it would have in its own row, and with a mask that lets it
 see what leads to it and nothing else. Every token then gets the hidden state that it would have in a row of its own, so
-loss and gradients are those of the rows apart (a test holds both against them); the demo's train split is 2.4 times
+loss and gradients are those of the rows apart (a test holds both against them); the demo's train split is 2.6 times
 shorter so. Rows are put together (a forest) until a token budget is full: no padding is computed.
 """
 
