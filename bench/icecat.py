@@ -97,8 +97,9 @@ def main(argv: list[str]) -> int:
         rows[told] = rows["sft"] | {"p": p}
     asked_as_is = {name: found[-1][name] for name in ("zero-shot", told, "sft")}
     labels = [pairs[i]["label"] for i in taught]
-    columns = {f"{name}, rare first": rare_first(asked_as_is[name], labels, args.rare) for name in (told, "sft")}
-    columns = asked_as_is | columns
+    columns = dict(asked_as_is)
+    for name in (told, "sft"):
+        columns[f"{name}, rare first"] = rare_first(asked_as_is[name], labels, args.rare)
     if args.split == "test":
         columns |= {f"{name}, cut": cut(found[0][name], rows) for name, rows in asked_as_is.items()}
     held = [f"{len(rows['sft']['gold']):,} of {len(np.unique(rows['sft']['query']))} queries" for rows in found]
