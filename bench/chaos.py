@@ -242,7 +242,9 @@ class Chaos:
         while not self.ended.wait(1.0):
             try:
                 rows = invariants.table(root, "label_probs")
-            except Exception:  # noqa: S112 (not made yet)
+            except Exception as error:
+                if self.reads:  # before, it is not made yet
+                    self.breaches.append(f"read: {error!r}")
                 continue
             self.reads += 1
             found = invariants.one_row_a_key(rows) + invariants.simplex_or_null(rows)

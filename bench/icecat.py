@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", required=True, type=Path, help="folder of canonical.jsonl.gz, or such a file")
     parser.add_argument("--split", default="dev", choices=("dev", "test"), help="whose queries are measured on")
     parser.add_argument("--out", type=Path, default=cache_folder() / SOURCE, metavar="DIR")
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--limit", type=int, metavar="PAIRS", help="learn from so many train pairs, always the same")
     parser.add_argument("--balance", type=float, default=0.0, help="how much more rare labels weigh in training")
     parser.add_argument("--rare", type=float, default=0.75, help="and afterwards, in the columns `rare first`")

@@ -4,6 +4,7 @@ flags, and Spark over the tables with the model that was named."""
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Container
 from datetime import datetime
@@ -62,6 +63,31 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 positive = at_least(1)
+
+
+def number(text: str) -> float:
+    """Type of a flag: a number that is no less than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number is needed, at least 0")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Type of a flag: a number above 0."""
+    if not (value := number(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is needed")
+    return value
+
+
+def seed(text: str) -> int:
+    """Type of a flag: what draws the same again."""
+    if (value := at_least(0)(text)) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is 0 to {2**31 - 1}")
+    return value
 
 
 def share(text: str) -> float:

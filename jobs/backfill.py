@@ -170,6 +170,8 @@ def backfill(
             return runs.finish(spark, root, fill.run, "done", "dry run")
         try:
             with engines.kept_alive(spark, what.settings.tensor_parallel):
+                fill.forget_removed_pairs()
+                fill.follow_pairs()
                 if retry_failed:
                     fill.retry_failed()
                 fill.fill()
@@ -190,8 +192,6 @@ class Backfill(Night):
 
     def fill(self) -> None:
         """Scores what is left, and again what changed meanwhile. Raises Stopped at the deadline."""
-        self.forget_removed_pairs()
-        self.follow_pairs()
         for number in range(PASSES):
             judged = self.judged()
             line = self.score(self.chosen_pairs(), f"{number:04d}", judged)

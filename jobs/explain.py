@@ -17,6 +17,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import jobs
+from jobs.sample import refuse_wrong_draw
 from partitioner import models, tiers
 from partitioner.waves import Drawing
 from schemas import delta, runs
@@ -54,7 +55,7 @@ def flags() -> jobs.Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the job; returns 0 when every selected pair that was scored has its reasoning."""
+    """Runs the job; returns 0, also where pairs were too long or the engine died on them, which it tells."""
     args = flags().parse_args(argv)
     spark, what = jobs.opened(args, JOB, jobs.scoring)
     explain(spark, args.tables, what, args.pairs, args.limit, args.max_tokens)
@@ -71,10 +72,12 @@ def explain(
     adapter.refuse_chain_first(what.model.path)
     models.refuse_foreign_prompt(spark, root, what)
     made = form(what.model, what.prompt)
+    asked = Sampling(max_tokens, made.end_ids, temperature=0.0)
+    refuse_wrong_draw(asked, what)
     selected = jobs.selected(spark, root, JOB, pairs, limit)
     run = runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id)
     reasoning = Reasoning(spark, root, what, run)
-    reasoning.form, reasoning.sampling = made, Sampling(max_tokens, made.end_ids, temperature=0.0)
+    reasoning.form, reasoning.sampling = made, asked
     with reasoning.at_work():
         reasoning.write_missing(selected)
         run = runs.finish(spark, root, reasoning.run, "done")

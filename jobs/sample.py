@@ -98,7 +98,7 @@ def flags() -> jobs.Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the job; returns 0 when every pair has its samples."""
+    """Runs the job; returns 0, also where pairs were too long or the engine died on them, which it tells."""
     args = flags().parse_args(argv)
     spark, asked = jobs.opened(args, JOB, drawing)
     sample(spark, args.tables, *asked, split=args.split, source=args.source, limit=args.limit, findings=args.findings)

@@ -34,7 +34,7 @@ def flags() -> jobs.Parser:
     parser = jobs.parser(JOB, __doc__)
     train_sft.add_training_flags(parser, learning_rate=5e-5)
     train_sft.add_epoch_flags(parser, epochs=1)
-    parser.add_argument("--beta", type=float, default=0.1, help="how dear it is to move away from the parent")
+    parser.add_argument("--beta", type=jobs.number, default=0.1, help="how dear it is to move away from the parent")
     parser.add_argument(
         "--per-pair", type=jobs.positive, default=2, metavar="N", help="preferences of one pair, at most"
     )

@@ -49,10 +49,10 @@ def flags() -> jobs.Parser:
         help="steps between readings of the pass rates",
     )
     parser.add_argument("--sampling", choices=("difficulty", "uniform"), default="difficulty")
-    parser.add_argument("--beta", type=float, default=0.02, help="weight of the KL term")
+    parser.add_argument("--beta", type=jobs.number, default=0.02, help="weight of the KL term")
     parser.add_argument(
         "--rewards",
-        type=float,
+        type=jobs.number,
         nargs=3,
         default=TrainSettings.rewards,
         metavar=("RIGHT", "FORM", "AGREES"),
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         train_sft.parts(row) | {"label": row["label"], "rate": row["rate"]} for row in rows.toArrow().to_pylist()
     ]
     if not data:
-        raise ValueError(f"there is no judged train pair in {args.tables}; bring some: ingest --pairs FILE")
+        raise ValueError(train_sft.no_pairs(args))
     known = sum(row["rate"] is not None for row in data)
     if not known and lesson.form.order == "pre" and not how.uniform:
         raise ValueError(

@@ -19,12 +19,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import jobs
 from partitioner import engines, models
 from schemas import delta, gold, runs
+from schemas.files import is_uri
 from udfs import adapter, answer
 from udfs.engine import number_type
 from udfs.model import Model, inspect, weights_hash
@@ -70,8 +71,8 @@ def add_training_flags(parser: argparse.ArgumentParser, learning_rate: float) ->
     )
     parser.add_argument("--full", action="store_true", help="train all weights, not a LoRA adapter")
     parser.add_argument("--rank", type=jobs.positive, help=f"of a new adapter (default {TrainSettings.rank})")
-    parser.add_argument("--learning-rate", type=float, default=learning_rate)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=jobs.above_zero, default=learning_rate)
+    parser.add_argument("--seed", type=jobs.seed, default=0)
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
         help="auto: bfloat16, on CPUs without instructions for it float32",
@@ -94,7 +95,7 @@ def add_batch_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_epoch_flags(parser: argparse.ArgumentParser, epochs: float) -> None:
     """Of the stages that go through their rows."""
-    parser.add_argument("--epochs", type=float, default=epochs)
+    parser.add_argument("--epochs", type=jobs.above_zero, default=epochs)
     parser.add_argument(
         "--accumulate", type=jobs.positive, default=TrainSettings.accumulate, help="batches in one optimizer step"
     )
@@ -123,7 +124,7 @@ def flags() -> jobs.Parser:
         help="with --labels-only: teach a pair's label, or each label that its raters gave, by the share of them",
     )  # fmt: skip
     parser.add_argument(
-        "--label-weight", type=float, default=TrainSettings.label_weight, help="of a label, a chain token has 1"
+        "--label-weight", type=jobs.number, default=TrainSettings.label_weight, help="of a label, a chain token has 1"
     )
     parser.add_argument(
         "--balance",
@@ -147,34 +148,36 @@ def main(argv: list[str]) -> int:
     spark, lesson = opened(args, JOB, args.order)
     how = settings(args, lesson, "sft")
     pairs = gold.learnt_from(spark, args.tables, args.source)
-    chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"))
+    chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"), F.lit(1.0).alias("share"))
     if args.raters == "fractions":
-        votes = gold.votes(spark, args.tables, args.source)
-        chains = chains.drop("label").join(votes, "pair_id", how="inner")
+        chains = chains.drop("label", "share").join(gold.votes(spark, args.tables, args.source), "pair_id", how="inner")
     if not args.labels_only:
         taught = delta.read(spark, args.tables, "chains").where("kept")
         chains = (
             pairs.join(taught, ["pair_id", "label", "content_hash"], how="inner")
             .groupBy("pair_id", "label")
             .agg(F.max_by("chain", F.struct("created_at", "teacher")).alias("chain"))  # of several teachers the last
+            .withColumn("share", F.lit(1.0))
         )
     pairs = limited(pairs.join(chains, "pair_id", how="left_semi"), args)
-    rows = rendered(pairs, lesson.prompt).join(chains, "pair_id", how="inner").orderBy("ids", "pair_id", "label")
-    columns = ["pair_id", "ids", "group_tokens", *chains.drop("pair_id").columns]
+    rows = (
+        rendered(pairs, lesson.prompt)
+        .select("pair_id", "ids", "group_tokens")
+        .join(chains.join(pairs.select("pair_id", "gold_weight"), "pair_id", how="inner"), "pair_id", how="inner")
+        .orderBy("ids", "pair_id", "label")
+    )
     data = [
         parts(row)
         | {"answer": lesson.form.target(row["label"], row["chain"])}
-        | ({"weight": row["weight"]} if "weight" in row else {})
-        for row in rows.select(*columns).toArrow().to_pylist()
+        | {"weight": round(row["share"] * row["gold_weight"], 9)}  # a sum's last digits are those of its order
+        for row in rows.toArrow().to_pylist()
     ]
     if not data and args.labels_only:
-        raise ValueError(
-            f"there is no judged train pair in {args.tables}; bring some: ingest --tables {args.tables} --pairs FILE"
-        )
+        raise ValueError(no_pairs(args))
     if not data:
         raise ValueError(
-            f"no train pair in {args.tables} has a kept chain; bring some: write_chains --tables {args.tables} "
-            "--chains FILE, or teach the labels alone: --labels-only"
+            f"no train pair in {args.tables}{of_source(args)} has a kept chain; bring some: write_chains --tables "
+            f"{args.tables} --chains FILE, or teach the labels alone: --labels-only"
         )
     taught_pairs = len({row["pair_id"] for row in data})
     print(f"{JOB}: {taught_pairs:,} train pairs{'' if args.labels_only else ' with a kept chain'}", flush=True)
@@ -188,7 +191,23 @@ def opened(args: argparse.Namespace, job: str, order: str | None = None) -> tupl
     lesson = read_lesson(folder, args, order) if folder else None
     spark = delta.session(job)
     delta.prepare(spark, args.tables)
-    return spark, lesson or read_lesson(models.registered(spark, args.tables, args.model)[0], args, order)
+    if lesson is None:
+        models.registered_folder(spark, args.tables, args.model)  # refuses a folder that holds another model now
+        lesson = read_lesson(models.registered(spark, args.tables, args.model)[0], args, order)
+    return spark, lesson
+
+
+def of_source(args: argparse.Namespace) -> str:
+    """Words for `--source`, where it was given."""
+    return "" if args.source is None else f" of source {args.source!r} (--source)"
+
+
+def no_pairs(args: argparse.Namespace) -> str:
+    """What an operator reads where there is nothing to learn from."""
+    return (
+        f"there is no judged train pair{of_source(args)} in {args.tables}; bring some: ingest --tables {args.tables} "
+        "--pairs FILE (with labels)"
+    )
 
 
 def read_lesson(folder: str, args: argparse.Namespace, order: str | None = None) -> Lesson:
@@ -203,7 +222,8 @@ def read_lesson(folder: str, args: argparse.Namespace, order: str | None = None)
         )
         raise ValueError(f"--rank {args.rank}: {what}; leave --rank away")
     parent = inspect(models.whole_folder(folder))
-    base = models.base_folder(folder) if is_adapter else folder
+    base = models.base_folder(folder) if is_adapter else str(Path(parent.path).absolute())
+    refuse_wrong_out(args.out, folder, base)
     source = args.prompt or parent.prompt_file
     if source is None:
         raise ValueError(f"{folder} has no prompt.json; name one by --prompt FILE (demo/prompt.json is one that works)")
@@ -222,7 +242,7 @@ def read_lesson(folder: str, args: argparse.Namespace, order: str | None = None)
         # By its folder, also where it was named by its model_id: whoever merges an adapter has no tables to ask.
         base_name=recipe["base"] if is_adapter else named_base(args.model, folder),
         base_hash=(recipe.get("base_hash") or weights_hash(base)) if is_adapter else parent.weights_hash,
-        adapter=folder if is_adapter else None,
+        adapter=str(Path(folder).absolute()) if is_adapter else None,
         prompt=prompt,
         prompt_file=str(source),
         form=answer.form(parent, prompt, order),
@@ -230,9 +250,23 @@ def read_lesson(folder: str, args: argparse.Namespace, order: str | None = None)
     )
 
 
+def refuse_wrong_out(out: str, *parents: str) -> None:
+    """Raises ValueError where a training would write over something that is none, or to what is no folder here."""
+    if is_uri(out):
+        raise ValueError(f"--out {out}: a training writes to a folder; copy it to where it is to lie when it is done")
+    folder = Path(out).resolve()
+    if any(folder == Path(parent).resolve() for parent in parents if not is_uri(parent)):
+        raise ValueError(f"--out {out} is the folder of --model; name another one, which is made")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder, which is made")
+    there = [file.name for file in (*folder.glob("config.json"), *folder.glob("*.safetensors"))]
+    if there and not (folder / adapter.PLAN).is_file():
+        raise ValueError(f"--out {out} holds a model already ({min(there)}) and no training; name another folder")
+
+
 def named_base(name: str, folder: str) -> str:
-    """What a recipe calls a whole model: demo-base, which is built anywhere, or its absolute folder."""
-    return name if name == "demo-base" else str(Path(folder).absolute())
+    """What a recipe calls a whole model: demo-base, which is built anywhere, its URI, or its absolute folder."""
+    return name if name == "demo-base" or is_uri(folder) else str(Path(folder).absolute())
 
 
 def limited(pairs: DataFrame, args: argparse.Namespace) -> DataFrame:
@@ -240,8 +274,7 @@ def limited(pairs: DataFrame, args: argparse.Namespace) -> DataFrame:
     if args.limit is None:
         return pairs
     # Whole queries in the order of a hash, so that a smaller limit takes a subset of a larger one.
-    order = Window.orderBy(F.xxhash64(F.lower("query")), "query", "pair_id")
-    return pairs.withColumn("place", F.row_number().over(order)).where(F.col("place") <= args.limit).drop("place")
+    return pairs.orderBy(F.xxhash64(F.lower("query")), "query", "pair_id").limit(args.limit)
 
 
 def answered(

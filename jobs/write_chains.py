@@ -41,7 +41,7 @@ from udfs.teacher import TeacherPrompt
 
 JOB = "write_chains"
 FILE = "file"  # the teacher's name where chains come from a file
-POOL = 100_000  # judged pairs that neighbours are looked for among: all are compared, on the driver
+POOL = 100_000  # judged pairs that neighbours are looked for among, and that are asked at once: both on the driver
 
 
 def flags() -> jobs.Parser:
@@ -63,10 +63,18 @@ def flags() -> jobs.Parser:
 
 def main(argv: list[str]) -> int:
     """Runs the job; returns 0, or 3 where nothing of a file could be read."""
-    args = flags().parse_args(argv)
+    parser = flags()
+    args = parser.parse_args(argv)
     if (args.chains is None) == (args.model is None):
         raise ValueError("chains come either from --chains FILE or from a teacher, --model M: name one of them")
     if args.chains is not None:
+        of_file = ("tables", "chains", "source")
+        given = [
+            name for name, value in vars(args).items() if name not in of_file and value != parser.get_default(name)
+        ]
+        if given:
+            told = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"--chains brings all chains of its file; it has no use for {told}, so leave that away")
         files.refuse_wrong_path("--chains", args.chains)
         spark = delta.session(JOB)
         delta.prepare(spark, args.tables)
@@ -218,14 +226,19 @@ class Lesson(Drawing):
         if not total and wanted is not None:
             raise runs.Unmet("--pairs: none of the selected pairs is a judged one of split train; others get no chain")
         if not total:
+            named = f" of source {source}" if source else ""
             raise runs.Unmet(
-                f"there are no judged pairs in split train; bring some: ingest --tables {self.root} --pairs FILE "
-                "(with labels)"
+                f"there are no judged pairs{named} in split train; bring some: ingest --tables {self.root} --pairs "
+                "FILE (with labels)"
             )
         old = delta.read(self.spark, self.root, "chains").where(F.col("teacher") == self.what.model.model_id)
         old = old.where("kept") if again else old
         there = old.select("pair_id", "content_hash", "label")
         todo = chosen.join(there, ["pair_id", "content_hash", "label"], how="left_anti")
+        if total > POOL and (waiting := todo.count() - POOL) > 0:
+            total -= waiting
+            todo = todo.orderBy(F.xxhash64("pair_id"), "pair_id").limit(POOL)
+            print(f"{JOB}: {POOL:,} pairs are asked now; start it again for the other {waiting:,}", flush=True)
         line = self.land_line(self.rendered(with_neighbours(todo, pool, self.prompt)), "chains")
         self._count(seen=total, skipped=total - line.prompts)
         self.run_through(line, "chains", total, started, self.sampling.n * self.sampling.max_tokens)
@@ -266,7 +279,7 @@ def with_neighbours(pairs: DataFrame, pool: DataFrame, prompt: TeacherPrompt) ->
     """Pairs with `neighbours`: the most similar judged pairs of other queries, nearest first, as rows of `pool`.
 
     A neighbour has the fields that the prompt shows of it. Both are of the train split, so nothing held out is ever
-    shown. The pool's texts come to the driver.
+    shown. The texts of both come to the driver.
     """
     shown = sorted({"label", *(segment.field for segment in prompt.neighbour if segment.field)})
     read = ["pair_id", *{"query", "title", "category", *shown}]

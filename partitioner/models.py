@@ -115,6 +115,8 @@ def base_folder(folder: str) -> str:
         )
     if name == "demo-base":
         return str(demo.model.demo_model())
+    if is_uri(name):
+        return fetched(name)
     if not Path(name).is_dir():
         raise ValueError(
             f"adapter {folder} is of the base {name}, which is no folder of this machine; copy the base there, or name "

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from partitioner import engines, models, prefix, waves
-from partitioner.tiers import likeliest
+from partitioner import engines, models, prefix, tiers, waves
 from partitioner.waves import Stopped, Waves
 from schemas import delta, runs
 from schemas.crash import crash
@@ -277,9 +277,27 @@ class Night(Waves):
         both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"]]
         moved = selfcheck.differences(*([[pair[side][p] for p in P_COLUMNS] for pair in both] for side in (0, 1)))
         if moved:
-            flips = sum(max(P_COLUMNS, key=a.__getitem__) != max(P_COLUMNS, key=b.__getitem__) for a, b in both)
+            before, after = (self._tiers([pair[side] for pair in both]) for side in (0, 1))
+            flips = sum(a != b for a, b in zip(before, after, strict=True))
             mean = sum(moved) / len(moved)
             self._measure(**{ASKED: len(both)}, noise_max_dp=max(moved), noise_mean_dp=mean, noise_flips=flips)
+
+    def _tiers(self, rows: Sequence[Row]) -> list[int]:
+        """Tiers of rows with four probabilities; where no thresholds of this model and prompt are in force, their
+        likeliest labels."""
+        p = np.array([[row[name] for name in P_COLUMNS] for row in rows])
+        version = tiers.active(self.spark, self.root)
+        if version is None or (version.model_id, version.prompt_id) != self.what.regime:
+            return list(tiers.argmax(p))
+        segments: dict[str, str] = {}
+        if version.segment_by:
+            tables = (delta.read(self.spark, self.root, name) for name in ("label_probs", "pairs", "thresholds"))
+            probs, *others = tables
+            asked = probs.where(F.col("pair_id").isin([row["pair_id"] for row in rows]))
+            told = tiers.labels(self.spark, asked, *others).select("pair_id", "segment").collect()
+            segments = {row["pair_id"]: row["segment"] for row in told}
+        cuts = np.array([version.cuts.get(segments.get(row["pair_id"], ""), version.cuts[""]) for row in rows])
+        return list(tiers.cut(tiers.cumulative(p, version.temperature), cuts))
 
     def close(self, status: str = "done", message: str | None = None) -> runs.Run:
         """Writes the run's gates and its end; returns its row."""
@@ -325,7 +343,7 @@ class Night(Waves):
         mine = (F.col("run_id") == run_id) & (F.col("outcome") == "scored")
         by_label = (
             present.join(self.judged(), "pair_id", how="left")
-            .groupBy(F.when(mine, likeliest()).alias("label"))
+            .groupBy(F.when(mine, tiers.likeliest()).alias("label"))
             .agg(F.count("*").alias("pairs"), F.count_if(~F.col("content_hash").eqNullSafe(F.col("text"))).alias("old"))
             .collect()
         )

@@ -124,6 +124,8 @@ class Waves(ABC):
         self._work = run.figures.get("tokens_per_second", 0.0) * (run.engine_seconds or 0.0)  # tokens of work done
         self._outside: float | None = None  # sum of p_outside over scored rows
         self._owed = 0.0  # tokens that canaries may still cost
+        self._ridden = False  # whether any was asked in this run
+        self._unlooked: list[str] = []  # waves that were merged since a canary was last right
         self._loading: Future[None] | None = None
         self._merging: tuple[str, dict[str, Any], Future[None]] | None = None
         self._told = time.monotonic()  # when the run's row was last written
@@ -448,6 +450,8 @@ class Waves(ABC):
                     figures = self._figures(answered)
                 if asked_beside:
                     figures["computed"] = (figures["computed"] or 0) + asked_beside
+                    before = self.run.figures.get("canaries_tokens", 0.0)
+                    self._measure(canaries_tokens=before + asked_beside)
                 if figures["not_finite"] > max(3, NOT_FINITE_SHARE * figures["rows"]):
                     wrong = f"{figures['not_finite']:,} of {figures['rows']:,} answers are not numbers"
             if wrong is None:
@@ -456,15 +460,22 @@ class Waves(ABC):
                 self._count(waves_failed=1)
                 raise GaveUp(
                     f"gave up: {wrong}, with engines loaded anew too. Nothing of this wave was written, earlier waves "
-                    "are kept. Look at the machine's memory and GPU, and at: check --parity --model "
+                    f"are kept.{self._in_doubt()} Look at the machine's memory and GPU, and at: check --parity --model "
                     + self.what.model.path
                 )
-            print(f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines", flush=True)
+            print(
+                f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines.{self._in_doubt()}",
+                flush=True,
+            )
             self._count(waves_dropped=1)
             self._loaded += 1
             self._settle()  # a merge would keep the tasks that end the engines waiting
             engines.end(self.spark, self.what.settings.tensor_parallel)
             answered = self._land(wave.rows, f"{wave.wave_id}-again")
+        if wave.canaries:
+            self._unlooked.clear()
+        elif self.known:
+            self._unlooked.append(wave.wave_id)
         crash("checked")
         if figures["seconds"]:
             self._rate = (wave.end - wave.begin) / figures["seconds"]
@@ -472,14 +483,16 @@ class Waves(ABC):
 
     def _riders(self, line: prefix.Line, work: int, shards: int) -> DataFrame | None:
         """Canaries for each shard of a wave, as many as `CANARY_SHARE` of the tokens of work pays for: one before the
-        shard's rows, the others behind them, where a cache that went wrong on the way shows."""
+        shard's rows, the others behind them, where a cache that went wrong on the way shows. A run's first wave has one
+        that is paid for later, so that no engine writes without having been looked at."""
         if not (self.rides and self.known):
             return None
         self._owed += CANARY_SHARE * work
         cost = shards * sum(len(canary.ids) for canary in self.known) / len(self.known)
-        each = min(len(self.known), int(self._owed / cost))
+        each = min(len(self.known), max(int(self._owed / cost), int(not self._ridden)))
         if not each:
             return None
+        self._ridden = True
         self._owed -= each * cost
         first, last = -1, 2**31 - 1  # parts of the line
         rows = [
@@ -492,6 +505,18 @@ class Waves(ABC):
         there = set(riders.columns)
         others = [F.lit(None).cast(f.dataType).alias(f.name) for f in line.rows.schema if f.name not in there]
         return riders.select("*", *others)
+
+    def _in_doubt(self) -> str:
+        """A sentence about the waves that were merged without a look at their engines since a canary was last right."""
+        if not self._unlooked:
+            return ""
+        waves = ", ".join(f"'{wave_id}'" for wave_id in self._unlooked)
+        theirs = f"run_id = '{self.run.run_id}' AND wave_id IN ({waves})"
+        forget = f"DELETE FROM delta.`{self.root}/label_probs` WHERE {theirs}"  # noqa: S608 (for people to run)
+        return (
+            f" No canary rode in {len(self._unlooked):,} merged waves before it; to have those asked anew: "
+            f'sql --tables {self.root} "{forget}", then {self.run.job} once more.'
+        )
 
     def _off(self, riders: DataFrame) -> tuple[str | None, int]:
         """A sentence where an engine answered a canary otherwise than when it was alone, None where all is well; and

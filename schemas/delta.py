@@ -59,7 +59,7 @@ CONF = {
     # Putting files of a clustered table together leaves cubes of so many bytes as they are (default: 100 GB).
     "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold": str(2**30),
     "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",
-    # A Python worker that says nothing for half an hour is told to end (SIGTERM, which a stopped process hears late).
+    # A Python worker that says nothing for half an hour is told to end.
     "spark.python.worker.idleTimeoutSeconds": "1800",
     "spark.python.worker.killOnIdleTimeout": "true",
     # One that crashes outside of Python (an engine's kernel) says where it stood.
@@ -77,11 +77,15 @@ LOCAL_CONF = {
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.driver.host": "127.0.0.1",
 }
+# Whatever spark-submit was told: what keeps rows from coming twice, and engines from being taken for dead ones. (A
+# speculative copy of a slow shard would pass for a second try of it, and be answered `engine_failed` at once.)
+ALWAYS = {"spark.speculation": "false", "spark.databricks.delta.commit.idempotencyCheck.enabled": "true"}
 _COMMIT_TRIES = 10
 # A stream that stays commits a few rows a minute: after so many versions of a table its small files are put together.
 # Delta's own way (autoCompact) counts a session's files, and once it has joined others' too it joins after each commit.
 JOINED_EVERY = 50
 LOCK = "_commit.lock"
+ONE_DRIVER = "S3SingleDriverLogStore"  # a log store that sees the commits of its own process alone
 KEPT_DAYS = 7  # files of older versions may be gone (`maintain`), whoever still points at them
 LOCK_SECONDS = 3600.0  # a commit takes seconds, an OPTIMIZE minutes: its holder was stopped, or its disk is gone
 _alone = threading.Lock()
@@ -108,8 +112,7 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
 
     A task may fail three times before the job does, in local mode too (`local[*,4]`): a worker whose engine died exits,
     and the next try gets a fresh one. Without spark-submit the Delta jar is resolved through `spark.jars.packages`.
-    `conf` and this project's settings give way to what spark-submit was told, but for one: a speculative copy of a
-    slow shard would pass for a second try of it, as after an engine's death, and be answered `engine_failed` at once.
+    `conf` and this project's settings give way to what spark-submit was told, but for `ALWAYS`.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder, given = SparkSession.builder.appName(app), None
@@ -122,7 +125,9 @@ def session(app: str, conf: Mapping[str, str] | None = None) -> SparkSession:
     for key, value in {**wanted, **(conf or {})}.items():
         if given is None or not given.contains(key):
             builder = builder.config(key, value)
-    spark = builder.config("spark.speculation", "false").getOrCreate()
+    for key, value in ALWAYS.items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     PySparkLogger.getLogger("SQLQueryContextLogger").disabled = True  # says each error of SQL once more, as JSON
     return spark
@@ -179,18 +184,24 @@ def prepare(spark: SparkSession, root: str, new: bool = False) -> None:
             )
 
 
-def refuse_silent_loss(spark: SparkSession, root: str) -> None:
-    """S3 takes the place of an object without a word, so there Delta sees no second writer unless it is told how."""
+def log_store(spark: SparkSession, root: str) -> tuple[str, str | None] | None:
+    """On S3 the conf that says how Delta commits there, and its value; None elsewhere."""
     # A plain path may be of S3 too; and an S3 path is to be refused also where its classes are missing.
     scheme = root.partition(":")[0].lower() if files.is_uri(root) else str(storage_of(spark, root)[0].getScheme())
     key = f"spark.delta.logStore.{scheme}.impl"
-    if scheme in ("s3", "s3a", "s3n") and not spark.sparkContext.getConf().get(key):
+    return (key, spark.sparkContext.getConf().get(key)) if scheme in ("s3", "s3a", "s3n") else None
+
+
+def refuse_silent_loss(spark: SparkSession, root: str) -> None:
+    """S3 takes the place of an object without a word, so there Delta sees no second writer unless it is told how."""
+    key, store = log_store(spark, root) or ("", "none is needed")
+    if not store:
         raise ValueError(
             f"{root}: on S3 two jobs at once can overwrite each other's commits, and nothing would tell. Start with "
             f"--conf {key}=io.delta.storage.S3DynamoDBLogStore (with --packages "
             f"io.delta:delta-storage-s3-dynamodb:{PACKAGE.rsplit(':', 1)[1]} and its table; Delta's documentation, "
             "Multi-cluster setup). If you see to it that only one job writes at a time, say so: "
-            f"--conf {key}=io.delta.storage.S3SingleDriverLogStore"
+            f"--conf {key}=io.delta.storage.{ONE_DRIVER}"
         )
 
 

@@ -13,7 +13,8 @@ from schemas.canonical import normalised
 
 
 def judged(spark: SparkSession, root: str, split: str, source: str | None = None) -> DataFrame:
-    """Rows of `pairs` that were judged and belong to `split`, with `label`.
+    """Rows of `pairs` that were judged and belong to `split`, with `label` and `gold_weight`, the mean of how much its
+    judgements count.
 
     `label` is null where sources disagree: which of them is right is not for a job to guess. A pair that any source
     puts into another split is left out, so nothing held out slips in by a second source. `source` keeps one source's.
@@ -23,20 +24,22 @@ def judged(spark: SparkSession, root: str, split: str, source: str | None = None
     mine = splits.where((F.col("low") == split) & (F.col("high") == split)).select("pair_id")
     chosen = gold if source is None else gold.where(F.col("source") == source)
     one = F.when(F.min("label") == F.max("label"), F.min("label"))
-    labels = chosen.groupBy("pair_id").agg(one.alias("label")).join(mine, "pair_id", how="left_semi")
+    counts = F.avg("weight").alias("gold_weight")
+    labels = chosen.groupBy("pair_id").agg(one.alias("label"), counts).join(mine, "pair_id", how="left_semi")
     return delta.read(spark, root, "pairs").join(labels, "pair_id", how="inner")
 
 
 def votes(spark: SparkSession, root: str, source: str | None = None) -> DataFrame:
     """For each judged pair the labels that its raters gave, or its label where they are not known: (pair_id, label,
-    weight), where weight is the share of them, so that a pair's sum to 1."""
+    share), where share is that of the raters, so that a pair's sum to 1. Of several sources each counts by its weight.
+    """
     gold = delta.read(spark, root, "gold")
     chosen = gold if source is None else gold.where(F.col("source") == source)
     each = F.when(F.size("rater_labels") > 0, F.col("rater_labels")).otherwise(F.array("label"))
-    given = chosen.select("pair_id", F.explode(each).alias("label"), (1 / F.size(each)).alias("weight"))
-    summed = given.groupBy("pair_id", "label").agg(F.sum("weight").alias("weight"))
-    all_of_pair = F.sum("weight").over(Window.partitionBy("pair_id"))
-    return summed.withColumn("weight", F.col("weight") / all_of_pair)
+    given = chosen.select("pair_id", F.explode(each).alias("label"), (F.col("weight") / F.size(each)).alias("share"))
+    summed = given.groupBy("pair_id", "label").agg(F.sum("share").alias("share"))
+    all_of_pair = F.sum("share").over(Window.partitionBy("pair_id"))
+    return summed.withColumn("share", F.col("share") / all_of_pair)
 
 
 def learnt_from(spark: SparkSession, root: str, source: str | None = None) -> DataFrame:

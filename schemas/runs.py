@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -78,6 +79,7 @@ def start(
     """
     global last
     close_lost(spark, root)
+    refuse_second_driver(spark, root)
     before = delta.version(spark, root, "runs")
     if alone:
         refuse_second(spark, root, job, model_id, prompt_id)
@@ -105,6 +107,7 @@ def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: st
     global last
     wanted = {"job": job, "model_id": model_id, "prompt_id": prompt_id, "settings_hash": settings_hash}
     close_lost(spark, root)
+    refuse_second_driver(spark, root)
     rows = delta.read(spark, root, "runs").where(reduce(and_, (F.col(c) == value for c, value in wanted.items())))
     row = rows.orderBy(F.desc("started_at"), F.desc("run_id")).head()
     if row is None:
@@ -136,8 +139,21 @@ class Unmet(ValueError):
 
 
 def fail(spark: SparkSession, root: str, run: Run, error: BaseException) -> Run:
-    """Writes that the run ended by an error, with what it says in a line, and returns the row."""
-    return finish(spark, root, run, "failed", in_a_line(error))
+    """Writes that the run ended by an error, with what it says in a line, and returns the row.
+
+    What it had landed goes first: where the disk is full, that makes room for the row. Where the tables do not take it
+    all the same, the first error is still the one to tell of, and the next start closes the run as lost.
+    """
+    global last
+    try:
+        delta.drop_scratch(spark, root, run.run_id)
+        return finish(spark, root, run, "failed", in_a_line(error))
+    except Exception as second:
+        print(f"{run.job}: that run {run.run_id} failed could not be written: {in_a_line(second)}", flush=True)
+        with suppress(Exception):
+            _lease(spark, root, run.run_id).give_up()
+        last = replace(run, status="failed", message=in_a_line(error), finished_at=datetime.now(UTC))
+        return last
 
 
 @contextmanager
@@ -209,7 +225,9 @@ def refuse_second(
 ) -> None:
     """Raises ValueError where a run of this job, model and prompt is alive (call `close_lost` first).
 
-    mine: the run that asks, in one of these `versions` of the table; only rows that were there before its own count.
+    One of another machine or container is waited for until it renews its lease, or that has lapsed: a driver that is
+    started again elsewhere goes on where it was killed. mine: the run that asks, in one of these `versions` of the
+    table; only rows that were there before its own count.
     """
     same = (F.col("status") == "running") & (F.col("job") == job) & F.col("model_id").eqNullSafe(F.lit(model_id))
     same &= F.col("prompt_id").eqNullSafe(F.lit(prompt_id))
@@ -218,9 +236,12 @@ def refuse_second(
         told = delta.read(spark, root, "runs", version)
         if not told.where(F.col("run_id") == mine).isEmpty():
             break
-    row = told.where(same & (F.col("run_id") != mine)).head()
-    if row:
-        holder = _lease(spark, root, row["run_id"]).holder()
+    for row in told.where(same & (F.col("run_id") != mine)).collect():
+        lease = _lease(spark, root, row["run_id"])
+        if not lease.lives(f"{job}: run {row['run_id']}"):
+            close_lost(spark, root)
+            continue
+        holder = lease.holder()
         alike = " with this model and prompt" if model_id else ""
         raise ValueError(
             f"run {row['run_id']} of {job}{alike} is alive, in process {holder.get('pid', '?')} on "
@@ -228,6 +249,23 @@ def refuse_second(
             f"that process; if it is gone, its lease lapses {LAPSED_SECONDS / 60:.0f} minutes after its last sign of "
             "life."
         )
+
+
+def refuse_second_driver(spark: SparkSession, root: str) -> None:
+    """Raises ValueError where another driver is at work, and commits are such that neither would see the other's (call
+    `close_lost` first)."""
+    key, store = delta.log_store(spark, root) or ("", "")
+    if not (store or "").endswith(delta.ONE_DRIVER):
+        return
+    me = {**_here(), "pid": os.getpid()}
+    for row in delta.read(spark, root, "runs").where("status = 'running'").select("run_id", "job").collect():
+        holder = _lease(spark, root, row["run_id"]).holder()
+        if not me.items() <= holder.items():
+            raise ValueError(
+                f"run {row['run_id']} of {row['job']} is at work in {root}, in process {holder.get('pid', '?')} on "
+                f"{holder.get('host', '?')}, and {store} sees one driver's commits alone: wait for it, or start both "
+                f"with --conf {key}=io.delta.storage.S3DynamoDBLogStore"
+            )
 
 
 def _signed(spark: SparkSession, root: str) -> list[str]:
@@ -297,6 +335,27 @@ class Lease:
         who = self.holder()
         if _here().items() <= who.items():
             return bool(_born(int(who["pid"])) == who["born"])
+        renewed, looked = self._times()
+        return bool(renewed and looked - renewed < 1000 * LAPSED_SECONDS)
+
+    def lives(self, whose: str) -> bool:
+        """As `held`, but of another host it waits until the lease is renewed once more, or has lapsed."""
+        if _here().items() <= self.holder().items():
+            return self.held()
+        first, looked = self._times()
+        if left := LAPSED_SECONDS - (looked - first) / 1000 if first else 0.0:
+            print(
+                f"{whose} is of another machine; in {max(0.0, left):.0f} s at most it shows whether it lives",
+                flush=True,
+            )
+        while self.held():
+            if self._times()[0] != first:
+                return True
+            time.sleep(min(1.0, RENEWED_SECONDS / 10))
+        return False
+
+    def _times(self) -> tuple[int, int]:
+        """When it was signed last (0: never), and now, by the storage's clock; milliseconds."""
         now = self._path.suffix(f".look-{secrets.token_hex(4)}")  # others may be looking too
         try:
             self._storage.create(now, True).close()
@@ -304,10 +363,10 @@ class Lease:
         except Py4JJavaError as error:
             if error.java_exception.getClass().getName() != "java.io.FileNotFoundException":
                 raise  # a storage that does not answer is no sign that a run is dead
-            return False
+            return 0, 0
         finally:
             self._storage.delete(now, False)
-        return bool(looked - renewed < 1000 * LAPSED_SECONDS)
+        return int(renewed), int(looked)
 
 
 def _here() -> dict[str, str | None]:

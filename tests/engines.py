@@ -234,6 +234,15 @@ class UnevenEngine(FakeEngine):
                 asked.write(json.dumps({"slow": self.slow, "began": began, "ended": time.time()}) + "\n")
 
 
+class CountedEngine(FakeEngine):
+    """Tells of each load in the file `loads` of its folder (`settings.model`)."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        with open(self.folder / "loads", "a") as loads:
+            loads.write("loaded\n")
+
+
 class HungryEngine(FakeEngine):
     """Runs out of memory with more than 32 prompts in a step, as real ones do: inside the engine's own guard."""
 
@@ -300,6 +309,7 @@ load_mortal = partial(_load, MortalEngine)
 load_poisoned = partial(_load, PoisonedEngine)
 load_falling = partial(_load, FallingEngine)
 load_believing = partial(_load, BelievingEngine)
+load_counted = partial(_load, CountedEngine)
 load_uneven = partial(_load, UnevenEngine)
 load_hungry = partial(_load, HungryEngine)
 load_doomed = partial(_load, DoomedEngine)

@@ -267,10 +267,13 @@ def test_of_two_runs_that_looked_at_the_same_moment_the_one_whose_row_came_secon
     before = delta.version(spark, root, "runs")
     for name in ("z", "a"):
         run = runs.Run(name, "backfill", "running", judged.NOW, model_id=MODEL, prompt_id="p")
+        runs._lease(spark, root, name).take()
         delta.append(spark, root, "runs", runs._row(spark, run))
     versions = range(before + 1, before + 3)
     runs.refuse_second(spark, root, "backfill", MODEL, "p", "z", versions)
     with pytest.raises(ValueError, match="run z of backfill"):
         runs.refuse_second(spark, root, "backfill", MODEL, "p", "a", versions)
+    for name in ("z", "a"):
+        runs._lease(spark, root, name).give_up()
     assert sorted(runs.close_lost(spark, root)) == ["a", "z"]
     assert {row["status"] for row in delta.read(spark, root, "runs").collect()} == {"lost"}

@@ -245,7 +245,10 @@ def test_what_keeps_rows_from_coming_twice_cannot_be_turned_off() -> None:
         "from schemas import delta; s = delta.session('x'); c = s.sparkContext.getConf(); "
         "print(c.get('spark.speculation'), s.conf.get('spark.databricks.delta.commit.idempotencyCheck.enabled'))"
     )
-    given = "--master local[1] --conf spark.speculation=true --packages " + delta.PACKAGE + " pyspark-shell"
+    off = {"spark.speculation": "true", "spark.databricks.delta.commit.idempotencyCheck.enabled": "false"}
+    assert off.keys() == delta.ALWAYS.keys()
+    told_so = " ".join(f"--conf {key}={value}" for key, value in off.items())
+    given = f"--master local[1] {told_so} --packages {delta.PACKAGE} pyspark-shell"
     environment = {**os.environ, "PYTHONPATH": str(REPO), "PYSPARK_SUBMIT_ARGS": given}
     told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["false", "true"]

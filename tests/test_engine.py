@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,16 @@ import pytest
 
 from tests.conftest import REPO
 from tests.models import tiny_model
-from udfs.engine import STEP_ON_CPU, STEP_ON_GPU, EngineSettings, number_type, vllm_arguments, with_fp32_head
+from udfs.engine import (
+    STEP_ON_CPU,
+    STEP_ON_GPU,
+    EngineSettings,
+    VllmEngine,
+    number_type,
+    vllm_arguments,
+    with_fp32_head,
+)
+from udfs.model import manifest
 
 
 def python(script: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -135,6 +145,35 @@ def load(*_, **__):
 LLMEngine.from_engine_args = load
 VllmEngine(EngineSettings(model=model, dtype="float32", max_model_len=256))
 """
+
+
+def test_a_process_that_is_stopped_is_ended_and_one_that_goes_on_in_time_is_not() -> None:
+    script = (
+        "import os, signal, subprocess, sys, time\n"
+        "from udfs.engine import watched\n"
+        "watched(2)\n"
+        "time.sleep(float(sys.argv[1]))\n"
+        "kick = f'exec > /dev/null 2>&1; sleep {sys.argv[2]}; kill -CONT {os.getpid()}'\n"
+        "subprocess.Popen(['sh', '-c', kick], start_new_session=True)\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "print('went on')"
+    )
+    began = time.monotonic()
+    ended = python(script, "0.1", "60", timeout=50)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, "")
+    assert "was stopped for 2 s, and is ended" in ended.stderr
+    assert time.monotonic() - began < 30
+    # Longer at work than it may be stopped, and stopped for a moment.
+    ended = python(script, "3", "0.5")
+    assert (ended.returncode, ended.stdout) == (0, "went on\n")
+
+
+def test_an_engine_of_another_model_than_the_job_looked_at_is_not_loaded(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    settings = EngineSettings(model=str(folder), manifest=manifest(str(folder)))
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(ValueError, match=r"config\.json changed since this job looked at it"):
+        VllmEngine(settings)
 
 
 def test_the_engine_is_told_what_was_asked_for_or_what_its_device_wants() -> None:

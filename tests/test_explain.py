@@ -98,6 +98,8 @@ def test_what_is_explained_is_not_asked_again_and_what_is_scored_anew_is(
     spark: SparkSession, root: str, what: Scoring
 ) -> None:
     selected = scored_but_for_two(spark, root, what)
+    with pytest.raises(ValueError, match=r"--max-tokens 512: .* together at most 512"):
+        explain(spark, root, what, selected, max_tokens=512)
     explain(spark, root, what, selected, max_tokens=40)
     version = delta.version(spark, root, "explanations")
     again = explain(spark, root, what, selected, max_tokens=40)

@@ -537,6 +537,19 @@ def test_a_training_that_goes_on_from_its_checkpoint_ends_with_the_same_weights(
         assert weights_hash(str(cut)) == weights_hash(str(tmp_path / "whole"))
 
 
+def test_a_training_that_was_killed_behind_its_last_step_takes_no_other(
+    base: Path, answers: Form, tmp_path: Path
+) -> None:
+    how = settings(base, tmp_path, full=False, epochs=1.4, checkpoint_every=100)  # an epoch is left unfinished
+    run(how, lessons(answers), label_at=0)
+    whole, steps = weights_hash(str(tmp_path)), [entry["step"] for entry in log(tmp_path)]
+    for _ in range(2):
+        (tmp_path / "adapter_model.safetensors").unlink()
+        run(how, lessons(answers), label_at=0)
+        assert weights_hash(str(tmp_path)) == whole
+        assert [entry["step"] for entry in log(tmp_path)] == steps
+
+
 @pytest.mark.parametrize(
     ("every", "full"),
     [pytest.param(2, True, marks=pytest.mark.slow), pytest.param(1, True, marks=pytest.mark.slow), (2, False)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +206,11 @@ def test_each_label_that_raters_gave_is_taught_by_its_share(
         for row in pq.read_table(tmp_path / "sft" / "data.parquet").to_pylist()
     ]
     assert sorted(told) == [("p0", 3, 0.333333), ("p0", 4, 0.666667), ("p1", 2, 1.0), ("p2", 1, 1.0)]
-    # Two sources count alike, whatever the number of their raters.
+    # Two sources count alike, whatever the number of their raters, unless they are told to weigh otherwise.
     more = pair(0, label=3, rater_labels=[3], split="train")
     ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "more.jsonl", more)), "--source", "more"])
     votes = [row for row in gold.votes(spark, root).collect() if names[row["pair_id"]] == "p0"]
-    assert {row["label"]: row["weight"] for row in votes} == pytest.approx({4: 1 / 3, 3: 2 / 3})
+    assert {row["label"]: row["share"] for row in votes} == pytest.approx({4: 1 / 3, 3: 2 / 3})
 
 
 @pytest.mark.slow
@@ -224,7 +225,58 @@ def test_a_limit_counts_the_pairs_that_can_be_learnt_from(
     assert pq.read_table(tmp_path / "sft" / "data.parquet").num_rows == 3
 
 
+@pytest.mark.slow
+def test_a_judgement_teaches_as_much_as_it_counts(spark: SparkSession, root: str, base: str, tmp_path: Path) -> None:
+    rows = [pair(0, label=4, split="train"), pair(1, label=2, split="train", gold_weight=0.25)]
+    ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "pairs.jsonl", *rows))])
+    flags = ["--tables", root, "--model", base, "--out", str(tmp_path / "sft"), "--epochs", "1", "--labels-only"]
+    assert train_sft.main(flags) == 0
+    import pyarrow.parquet as pq
+
+    assert sorted(pq.read_table(tmp_path / "sft" / "data.parquet")["weight"].to_pylist()) == [0.25, 1.0]
+    more = pair(0, label=3, split="train", gold_weight=3)
+    ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "more.jsonl", more)), "--source", "more"])
+    names = {row["pair_id"]: row["product_id"] for row in delta.read(spark, root, "pairs").collect()}
+    votes = [row for row in gold.votes(spark, root).collect() if names[row["pair_id"]] == "p0"]
+    assert {row["label"]: row["share"] for row in votes} == {4: 0.25, 3: 0.75}
+    # A model that is named by its id must be the one that lies there.
+    (made,) = models(spark, root)
+    shutil.rmtree(tmp_path / "sft")
+    assert train_sft.main([*flags, "--seed", "5"]) == 0
+    with pytest.raises(ValueError, match=f"--model {made['model_id']}: its folder .* holds another model now"):
+        train_sft.main(
+            ["--tables", root, "--model", made["model_id"], "--out", str(tmp_path / "more"), "--labels-only"]
+        )
+
+
+def test_a_training_writes_over_nothing_that_is_no_training_of_its_own(base: str, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").touch()
+    (tmp_path / "file").touch()
+    for out, told in (
+        (base, r"is the folder of --model"),
+        (str(tmp_path / "other"), r"holds a model already \(model\.safetensors\) and no training"),
+        (str(tmp_path / "file"), "is a file"),
+        ("s3://bucket/sft", "a training writes to a folder"),
+    ):
+        with pytest.raises(ValueError, match=f"--out {out}.*{told}"):
+            train_sft.main(["--tables", str(tmp_path / "t"), "--model", base, "--out", out])
+    (tmp_path / "other" / "plan.json").touch()  # one that goes on
+    train_sft.refuse_wrong_out(str(tmp_path / "other"), base)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--epochs 0", "--epochs nan", "--learning-rate 0", "--learning-rate inf", "--label-weight -1", "--seed -1"],
+)
+def test_a_number_that_no_training_can_have_is_refused_before_any_work(flag: str, tmp_path: Path) -> None:
+    name, value = flag.split()
+    with pytest.raises(ValueError, match=f"argument {name}: '{value}'"):
+        train_sft.main(["--tables", str(tmp_path), "--model", "m", "--out", str(tmp_path / "o"), name, value])
+
+
 def test_a_whole_model_is_named_as_a_base_by_its_folder_whatever_it_was_called_by() -> None:
     assert train_sft.named_base("demo-base", "/cache/demo-model") == "demo-base"
     assert train_sft.named_base("0123456789abcdef", "/models/taosr1") == "/models/taosr1"
+    assert train_sft.named_base("s3://bucket/taosr1", "s3://bucket/taosr1") == "s3://bucket/taosr1"
     assert train_sft.named_base("taosr1", "taosr1") == str(Path("taosr1").absolute())

@@ -206,6 +206,13 @@ def test_a_teachers_prompt_that_is_too_long_is_a_dropped_chain_with_its_reason(s
     assert (row["kept"], row["reason"], row["chain"]) == (False, "too_long", "")
 
 
+def test_a_file_of_chains_has_no_use_for_what_a_teacher_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no use for --limit, --pairs|no use for --pairs, --limit"):
+        write_chains.main(
+            ["--tables", "t", "--chains", "c.jsonl", "--limit", "5", "--pairs", "SELECT pair_id FROM pairs"]
+        )
+
+
 def test_chains_come_from_one_place(tmp_path: Path) -> None:
     for flags in ([], ["--chains", "c.jsonl", "--model", "demo"]):
         with pytest.raises(ValueError, match=r"either from --chains FILE or from a teacher"):

@@ -103,6 +103,12 @@ def copy_beside(base: str, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
+def let_read(folder: str | Path) -> None:
+    """Lets all read the weights in it: safetensors lets only their owner, and workers may run as somebody else."""
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(0o644)
+
+
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -129,7 +135,7 @@ def _merge_weights(adapter: Path, base: Path, target: Path) -> None:
                     weight = (weight.double() + scale * (pair["B"] @ pair["A"])).to(weight.dtype)
                 merged[name] = weight
             save_file(merged, target / file.name, metadata=tensors.metadata())
-        (target / file.name).chmod(0o644)  # safetensors lets only the owner read; workers may run as somebody else
+    let_read(target)
     if deltas:
         raise ValueError(f"adapter {adapter} changes {sorted(deltas)[0]}, which its base {base} does not have")
     for file in base.glob("*.safetensors.index.json"):

@@ -5,7 +5,7 @@ worker dies the engine is gone with it, and when the engine dies so does the wor
 always meets a fresh one. (vLLM's usual child process outlives a killed parent and keeps its memory; and a killed child
 leaves the caller waiting for ever.) Only an engine over several GPUs has children, one a GPU; udfs/leash.py ends them
 with the worker. Against a hang, `Watchdog` ends the process from a thread of C code that needs neither Python's lock
-nor a living engine.
+nor a living engine; and against one whose threads are all stopped, `watched` from a process beside it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import faulthandler
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,6 +173,31 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
+_WITNESS = """
+import os, signal, sys, time
+pid, seconds, since = int(sys.argv[1]), float(sys.argv[2]), None
+while os.getppid() == pid:
+    with open(f"/proc/{pid}/stat") as file:
+        stopped = file.read().rpartition(")")[2].split()[0] == "T"
+    since = (since or time.monotonic()) if stopped else None
+    if since and time.monotonic() - since > seconds:
+        print(f"process {pid} was stopped for {seconds:.0f} s, and is ended", file=sys.stderr)
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(min(1.0, seconds / 4))
+"""
+
+
+@cache
+def watched(seconds: float) -> subprocess.Popen[bytes]:
+    """Has this process ended when it is stopped (SIGSTOP) for so long, by a small process that ends with it.
+
+    No clock of a process that is stopped runs, and Spark asks it to end by a signal that it does not hear.
+    """
+    words = [sys.executable, "-I", "-S", "-c", _WITNESS, str(os.getpid()), str(seconds)]
+    # A group of its own: what stops this one's must not stop it.
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
+
+
 class VllmEngine:
     """One vLLM engine in this process. Loading takes 10 to 60 s on CPU, minutes for a large model on GPUs."""
 
@@ -182,8 +209,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing calls home
         os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_gib
+        watched(settings.hang_seconds)
         self._hang_seconds = silent_seconds(settings)
         # Of a step on several GPUs, the first ones too; the watchdog is stricter afterwards.
         os.environ["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(int(self._hang_seconds))

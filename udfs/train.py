@@ -172,6 +172,7 @@ def leave(settings: TrainSettings, base_name: str) -> None:
         as_base = AutoConfig.from_pretrained(settings.base, local_files_only=True, trust_remote_code=False).dtype
         halved = {name: weight.to(as_base or weight.dtype) for name, weight in weights.items()}
         save_file(halved, out / adapter.WEIGHTS, metadata={"format": "pt"})
+        adapter.let_read(out)
         told = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:
@@ -251,7 +252,7 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
     class Trainer(SFTTrainer):
         """SFT on forests; only the positions that foretell an answer's token meet the vocabulary."""
 
-        loss_is_scaled_for_ga: Any = False  # the trainer divides by `accumulate`
+        loss_is_scaled_for_ga: Any = False  # the trainer divides by the step's batches
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -529,7 +530,7 @@ def _arguments(settings: TrainSettings) -> dict[str, Any]:
         "save_total_limit": 2,
         "seed": settings.seed,
         "data_seed": settings.seed,
-        "report_to": "none",  # nothing calls home
+        "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
         # Processes may call the model a different number of times in a step; buffers are alike and need no broadcast.
@@ -632,16 +633,17 @@ def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
         if last:
             print(f"train_{settings.stage}: goes on from {os.path.basename(last)}", flush=True)
         _cut_log(settings, _step(last) if last else 0)
-    if last and _bound_reached(settings, last):
+    if last and (_bound_reached(settings, last) or _took_all_steps(last)):
         from transformers.trainer_callback import TrainerState
 
-        trainer._load_from_checkpoint(last)  # the trainer looks at its bound after a step, and there is none to take
+        trainer._load_from_checkpoint(last)  # the trainer looks at its end after a step, and there is none to take
         trainer.state = TrainerState.load_from_json(f"{last}/trainer_state.json")
     else:
         trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         kept = {} if settings.full else {"selected_adapters": ["default"]}  # without the reference
         trainer.model.save_pretrained(settings.out, safe_serialization=True, **kept)
+        adapter.let_read(settings.out)
     figures: dict[str, float] = {}
     for entry in trainer.state.log_history:
         figures |= {k: float(v) for k, v in entry.items() if isinstance(v, int | float)}
@@ -668,6 +670,13 @@ def _bound_reached(settings: TrainSettings, checkpoint: str) -> bool:
     log = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     generated = max((entry.get("generated_tokens", 0) for entry in log), default=0)
     return bool(settings.generated_tokens and generated >= settings.generated_tokens)
+
+
+def _took_all_steps(checkpoint: str) -> bool:
+    """Whether it is the last one: a kill came between it and the end. The trainer would take another step in the epoch
+    that its last step left unfinished."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _cut_log(settings: TrainSettings, step: int) -> None:
