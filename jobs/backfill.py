@@ -81,6 +81,8 @@ def main(argv: list[str]) -> int:
             raise ValueError(
                 "--sample compares with the model and prompt in force, and there are none other; leave --sample away"
             )
+        runs.close_lost(spark, args.tables)
+        runs.refuse_second(spark, args.tables, JOB, *what.regime)  # before the other model's run begins
         before = jobs.in_force(spark, args)
         run = backfill(spark, args.tables, before, chosen, False, args.retry_failed, args.max_refused, args.deadline)
         if exit_code(run):

@@ -68,7 +68,7 @@ def test_a_run_of_another_machine_is_waited_for_until_it_shows_whether_it_lives(
     delta.prepare(spark, root, new=True)
     first = runs.start(spark, root, "rescore", "m", "p", alone=True)
     lease = left_to_another(spark, root, first)
-    monkeypatch.setattr(runs, "LAPSED_SECONDS", 4.0)
+    monkeypatch.setattr(runs, "LAPSED_SECONDS", 8.0)
 
     ended = threading.Event()
 
@@ -85,8 +85,8 @@ def test_a_run_of_another_machine_is_waited_for_until_it_shows_whether_it_lives(
     lease.touch()
     began = time.monotonic()
     second = runs.start(spark, root, "rescore", "m", "p", alone=True)
-    assert time.monotonic() - began > 3
-    assert f"run {first.run_id} is of another machine; in 4 s at most" in capsys.readouterr().out
+    assert time.monotonic() - began > 7
+    assert f"run {first.run_id} is of another machine; in " in capsys.readouterr().out
     assert {row["run_id"]: row["status"] for row in invariants.table(root, "runs")} == {
         first.run_id: "lost",
         second.run_id: "running",
