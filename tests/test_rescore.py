@@ -113,10 +113,10 @@ def test_a_second_run_scores_nothing_loads_no_engine_and_writes_no_row(
     run = rescore(spark, root, told)
     assert (run.counts.get("scored", 0), run.engine_loads) == (0, None)
     assert not (tmp_path / "loads").exists()
+    assert delta.version(spark, root, "label_probs") == version
     put(spark, root, [("k9", "Red kettle", {}, None)])
     assert rescore(spark, root, told).engine_loads == 1
     assert (tmp_path / "loads").read_text() == "loaded\n"
-    assert delta.version(spark, root, "label_probs") == version
 
 
 def of_pairs(run: runs.Run) -> float:
@@ -132,7 +132,9 @@ def test_a_night_costs_what_changed(spark: SparkSession, root: str) -> None:
     queries = [f"kettle for {i} cups" for i in range(10)]
     put(spark, root, kettles, queries)
     full = rescore(spark, root, scoring())
-    assert (of_pairs(full), full.counts["scored"]) == (full.block_floor, 1000)
+    assert full.counts["scored"] == 1000
+    assert full.block_floor is not None
+    assert of_pairs(full) <= full.block_floor <= (full.computed_tokens or 0)  # a canary may be one of the pairs
     put(spark, root, [("k7", "Steel kettle 7, red", {}, text)], queries)  # all pairs of 1 % of the products
     some = rescore(spark, root, scoring())
     assert some.counts["scored"] == 10

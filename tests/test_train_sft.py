@@ -229,7 +229,7 @@ def test_a_limit_counts_the_pairs_that_can_be_learnt_from(
 def test_a_judgement_teaches_as_much_as_it_counts(spark: SparkSession, root: str, base: str, tmp_path: Path) -> None:
     rows = [pair(0, label=4, split="train"), pair(1, label=2, split="train", gold_weight=0.25)]
     ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "pairs.jsonl", *rows))])
-    flags = ["--tables", root, "--model", base, "--out", str(tmp_path / "sft"), "--epochs", "1", "--labels-only"]
+    flags = ["--tables", root, "--model", base, "--out", str(tmp_path / "sft"), "--epochs", "4", "--labels-only"]
     assert train_sft.main(flags) == 0
     import pyarrow.parquet as pq
 
