@@ -291,8 +291,9 @@ class Night(Waves):
             return list(tiers.argmax(p))
         segments: dict[str, str] = {}
         if version.segment_by:
-            tables = (delta.read(self.spark, self.root, name) for name in ("label_probs", "pairs", "thresholds"))
-            probs, *others = tables
+            probs, *others = (
+                delta.read(self.spark, self.root, name) for name in ("label_probs", "pairs", "thresholds")
+            )
             asked = probs.where(F.col("pair_id").isin([row["pair_id"] for row in rows]))
             told = tiers.labels(self.spark, asked, *others).select("pair_id", "segment").collect()
             segments = {row["pair_id"]: row["segment"] for row in told}

@@ -62,6 +62,7 @@ def test_what_a_failed_run_landed_goes_before_its_end_is_written(
     assert not invariants.left(root)
 
 
+@pytest.mark.slow
 def test_a_run_of_another_machine_is_waited_for_until_it_shows_whether_it_lives(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
