@@ -210,7 +210,7 @@ def over_http(model: str, prompts: list[list[int]], cache: float) -> dict[str, A
             words.append(flag)
             if not isinstance(value, bool):
                 words.append(value if isinstance(value, str) else json.dumps(value))
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     with open(f"{tempfile.gettempdir()}/bench-server.log", "wb") as log:
         server = subprocess.Popen([*words, "--disable-uvicorn-access-log"], env=environment, stdout=log, stderr=log)  # noqa: S603
     try:
@@ -270,7 +270,7 @@ def asker(url: str, model: str) -> Any:
 def by_ray(model: str, prompts: list[list[int]], cache: float) -> dict[str, Any]:
     """Seconds from the first request's arrival in the engine of Ray Data's batch processor to the last row's return."""
     # It calls home unless told not to; its workers take the packages of this process.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     ray: Any = importlib.import_module("ray")
     llm: Any = importlib.import_module("ray.data.llm")

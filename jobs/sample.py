@@ -157,6 +157,15 @@ def refuse_wrong_draw(asked: Sampling, what: Scoring) -> None:
         raise ValueError(f"--seed {asked.seed}: allowed is 0 to {2**31 - 1}")
 
 
+def none_judged(root: str, split: str, source: str | None) -> runs.Unmet:
+    """What an operator reads where a split has no pair that could be asked."""
+    named = f" of source {source}" if source else ""
+    return runs.Unmet(
+        f"there are no judged pairs{named} in split {split}; bring some: ingest --tables {root} --pairs FILE "
+        "(with labels)"
+    )
+
+
 def sample(
     spark: SparkSession,
     root: str,
@@ -214,11 +223,7 @@ class Draw(Drawing):
         chosen = chosen.localCheckpoint()
         total = chosen.count()
         if not total:
-            named = f" of source {source}" if source else ""
-            raise runs.Unmet(
-                f"there are no judged pairs{named} in split {self.split}; bring some: ingest --tables {self.root} "
-                "--pairs FILE (with labels)"
-            )
+            raise none_judged(self.root, self.split, source)
         there = delta.read(self.spark, self.root, "samples").where(F.col("run_id") == self.run.run_id)
         there = there.select("pair_id", "content_hash", "gold").distinct()
         todo = chosen.join(there, ["pair_id", "content_hash", "gold"], how="left_anti")

@@ -148,14 +148,16 @@ def main(argv: list[str]) -> int:
     spark, lesson = opened(args, JOB, args.order)
     how = settings(args, lesson, "sft")
     pairs = gold.learnt_from(spark, args.tables, args.source)
-    chains = pairs.select("pair_id", "label", F.lit(None).cast("string").alias("chain"), F.lit(1.0).alias("share"))
+    chains = pairs.select(
+        "pair_id", "label", "gold_weight", F.lit(None).cast("string").alias("chain"), F.lit(1.0).alias("share")
+    )
     if args.raters == "fractions":
         chains = chains.drop("label", "share").join(gold.votes(spark, args.tables, args.source), "pair_id", how="inner")
     if not args.labels_only:
         taught = delta.read(spark, args.tables, "chains").where("kept")
         chains = (
             pairs.join(taught, ["pair_id", "label", "content_hash"], how="inner")
-            .groupBy("pair_id", "label")
+            .groupBy("pair_id", "label", "gold_weight")
             .agg(F.max_by("chain", F.struct("created_at", "teacher")).alias("chain"))  # of several teachers the last
             .withColumn("share", F.lit(1.0))
         )
@@ -163,7 +165,7 @@ def main(argv: list[str]) -> int:
     rows = (
         rendered(pairs, lesson.prompt)
         .select("pair_id", "ids", "group_tokens")
-        .join(chains.join(pairs.select("pair_id", "gold_weight"), "pair_id", how="inner"), "pair_id", how="inner")
+        .join(chains, "pair_id", how="inner")
         .orderBy("ids", "pair_id", "label")
     )
     data = [
@@ -192,8 +194,9 @@ def opened(args: argparse.Namespace, job: str, order: str | None = None) -> tupl
     spark = delta.session(job)
     delta.prepare(spark, args.tables)
     if lesson is None:
-        models.registered_folder(spark, args.tables, args.model)  # refuses a folder that holds another model now
-        lesson = read_lesson(models.registered(spark, args.tables, args.model)[0], args, order)
+        folder = models.registered(spark, args.tables, args.model)[0]
+        lesson = read_lesson(folder, args, order)
+        models.refuse_another(args.model, folder, lesson.parent)
     return spark, lesson
 
 

@@ -28,7 +28,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import ArrayType, IntegerType, StructField, StructType
 
 import jobs
-from jobs.sample import refuse_wrong_draw
+from jobs.sample import none_judged, refuse_wrong_draw
 from partitioner.waves import Drawing
 from schemas import canonical, delta, files, formats, gold, inputs, runs
 from schemas.labels import LABELS, NAMES
@@ -226,11 +226,7 @@ class Lesson(Drawing):
         if not total and wanted is not None:
             raise runs.Unmet("--pairs: none of the selected pairs is a judged one of split train; others get no chain")
         if not total:
-            named = f" of source {source}" if source else ""
-            raise runs.Unmet(
-                f"there are no judged pairs{named} in split train; bring some: ingest --tables {self.root} --pairs "
-                "FILE (with labels)"
-            )
+            raise none_judged(self.root, "train", source)
         old = delta.read(self.spark, self.root, "chains").where(F.col("teacher") == self.what.model.model_id)
         old = old.where("kept") if again else old
         there = old.select("pair_id", "content_hash", "label")

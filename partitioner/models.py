@@ -132,12 +132,17 @@ def registered_folder(spark: SparkSession, root: str, model_id: str) -> tuple[st
     """
     folder, stage = registered(spark, root, model_id)
     folder = whole_folder(folder)
-    if (found := inspect(folder).model_id) != model_id:
-        raise ValueError(
-            f"--model {model_id}: its folder {folder} holds another model now ({found}); put the former back, or name "
-            "the folder itself to score with what lies there"
-        )
+    refuse_another(model_id, folder, inspect(folder))
     return folder, stage
+
+
+def refuse_another(model_id: str, folder: str, found: Model) -> None:
+    """Raises ValueError where the folder of a registered model holds another one now."""
+    if found.model_id != model_id:
+        raise ValueError(
+            f"--model {model_id}: its folder {folder} holds another model now ({found.model_id}); put the former back, "
+            "or name the folder itself to take what lies there"
+        )
 
 
 def registered(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]:

@@ -277,28 +277,27 @@ class Night(Waves):
         both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"]]
         moved = selfcheck.differences(*([[pair[side][p] for p in P_COLUMNS] for pair in both] for side in (0, 1)))
         if moved:
-            before, after = (self._tiers([pair[side] for pair in both]) for side in (0, 1))
-            flips = sum(a != b for a, b in zip(before, after, strict=True))
-            mean = sum(moved) / len(moved)
+            mean, flips = sum(moved) / len(moved), self._flips(both)
             self._measure(**{ASKED: len(both)}, noise_max_dp=max(moved), noise_mean_dp=mean, noise_flips=flips)
 
-    def _tiers(self, rows: Sequence[Row]) -> list[int]:
-        """Tiers of rows with four probabilities; where no thresholds of this model and prompt are in force, their
-        likeliest labels."""
-        p = np.array([[row[name] for name in P_COLUMNS] for row in rows])
+    def _flips(self, both: Sequence[tuple[Row, Row]]) -> int:
+        """How many of pairs that were answered twice have two tiers; where no thresholds of this model and prompt are
+        in force, two likeliest labels."""
+        before, after = (np.array([[pair[side][name] for name in P_COLUMNS] for pair in both]) for side in (0, 1))
         version = tiers.active(self.spark, self.root)
         if version is None or (version.model_id, version.prompt_id) != self.what.regime:
-            return list(tiers.argmax(p))
+            return int((tiers.argmax(before) != tiers.argmax(after)).sum())
         segments: dict[str, str] = {}
         if version.segment_by:
             probs, *others = (
                 delta.read(self.spark, self.root, name) for name in ("label_probs", "pairs", "thresholds")
             )
-            asked = probs.where(F.col("pair_id").isin([row["pair_id"] for row in rows]))
+            asked = probs.where(F.col("pair_id").isin([row["pair_id"] for row, _ in both]))
             told = tiers.labels(self.spark, asked, *others).select("pair_id", "segment").collect()
             segments = {row["pair_id"]: row["segment"] for row in told}
-        cuts = np.array([version.cuts.get(segments.get(row["pair_id"], ""), version.cuts[""]) for row in rows])
-        return list(tiers.cut(tiers.cumulative(p, version.temperature), cuts))
+        cuts = np.array([version.cuts.get(segments.get(row["pair_id"], ""), version.cuts[""]) for row, _ in both])
+        old, new = (tiers.cut(tiers.cumulative(p, version.temperature), cuts) for p in (before, after))
+        return int((old != new).sum())
 
     def close(self, status: str = "done", message: str | None = None) -> runs.Run:
         """Writes the run's gates and its end; returns its row."""

@@ -474,7 +474,7 @@ class Waves(ABC):
             answered = self._land(wave.rows, f"{wave.wave_id}-again")
         if wave.canaries:
             self._unlooked.clear()
-        elif self.known:
+        elif self.rides:
             self._unlooked.append(wave.wave_id)
         crash("checked")
         if figures["seconds"]:

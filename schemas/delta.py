@@ -50,8 +50,6 @@ CONF = {
     "spark.sql.session.timeZone": "UTC",
     # Prompts are some hundred tokens a row; answers leave a worker every few seconds, which shows that it is alive.
     "spark.sql.execution.arrow.maxRecordsPerBatch": "512",
-    # A lost commit response must not append twice (off by default in 4.4.0).
-    "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
     # Tasks of the engines (a pool of their own, see partitioner/engines.py) come between those of a long planning.
     "spark.scheduler.mode": "FAIR",
     # A shard does not wait three seconds for the machine where most of its rows lie while an engine is free.
@@ -77,9 +75,13 @@ LOCAL_CONF = {
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.driver.host": "127.0.0.1",
 }
-# Whatever spark-submit was told: what keeps rows from coming twice, and engines from being taken for dead ones. (A
-# speculative copy of a slow shard would pass for a second try of it, and be answered `engine_failed` at once.)
-ALWAYS = {"spark.speculation": "false", "spark.databricks.delta.commit.idempotencyCheck.enabled": "true"}
+# Whatever spark-submit was told.
+ALWAYS = {
+    # A speculative copy of a slow shard would pass for a second try of it, and be answered `engine_failed` at once.
+    "spark.speculation": "false",
+    # A lost commit response must not append twice (off by default in 4.4.0).
+    "spark.databricks.delta.commit.idempotencyCheck.enabled": "true",
+}
 _COMMIT_TRIES = 10
 # A stream that stays commits a few rows a minute: after so many versions of a table its small files are put together.
 # Delta's own way (autoCompact) counts a session's files, and once it has joined others' too it joins after each commit.

@@ -107,11 +107,11 @@ def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: st
     global last
     wanted = {"job": job, "model_id": model_id, "prompt_id": prompt_id, "settings_hash": settings_hash}
     close_lost(spark, root)
-    refuse_second_driver(spark, root)
     rows = delta.read(spark, root, "runs").where(reduce(and_, (F.col(c) == value for c, value in wanted.items())))
     row = rows.orderBy(F.desc("started_at"), F.desc("run_id")).head()
     if row is None:
         return start(spark, root, job, model_id, prompt_id, settings_hash, alone=True)
+    refuse_second_driver(spark, root)
     refuse_second(spark, root, job, model_id, prompt_id)
     run = replace(Run(**row.asDict()), status="running", message=None, finished_at=None, counts={})
     lease = _lease(spark, root, run.run_id)
