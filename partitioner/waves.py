@@ -3,8 +3,8 @@
 A line (partitioner/prefix.py) is cut into waves of about a minute of engine work. Each is put to the engines, landed,
 looked at (canaries, dead engines, answers that are no numbers), and written in one commit while the engines go on with
 the next; so a kill costs the wave that is being written and what was asked behind it, and readers see news every
-minute, or few where a commit into a large table takes that long itself. What a wave asks and what it writes is the
-owner's: `Night` in partitioner/night.py, and the jobs that probe, sample, explain and write chains.
+minute; every few where a commit is dear, into a large table or on the engine's own cores. What a wave asks and what it
+writes is the owner's: `Night` in partitioner/night.py, and the jobs that probe, sample, explain and write chains.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ from udfs.stream import loader
 
 WAVE_SECONDS = 60.0  # of engine work: two or three of them are what a kill can cost; how often readers see news
 COMMIT_SECONDS = 45.0  # of a wave's commit: where one takes longer, waves grow, or engines would wait for it
+# The same where commits are on the engine's own cores. One thread of an engine that waits its turn keeps the others
+# waiting: a commit costs it about its own time, and is to take no more than 2 % of a wave.
+COMMIT_SECONDS_SHARED = 0.02 * WAVE_SECONDS
 MOST_WAVES = 5.0  # as long as so many a wave may grow
 TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of half a second
 # A decoded token costs about three prefilled ones on CPU (1,233 against 453 a second); it only sizes a first wave.
@@ -116,7 +119,7 @@ class Waves(ABC):
         self._groups: set[str] = set()  # of Spark's jobs in which engines are asked now
         self._mark = secrets.token_hex(3)  # a name that was cancelled stays cancelled, also for a run that goes on
         self.left = False  # the run was given up from another thread
-        self._committed = 0.0  # seconds that the last wave's commit took
+        self._committed = 0.0  # seconds that the last wave's commit took, and the run's row behind it
         self._loaded = 0  # how often the engines were ended because a wave was wrong
         self._checked: float | None = None  # the rate found when the engine agreed with itself, now or in another run
         self._engines: set[str] = set()
@@ -387,7 +390,10 @@ class Waves(ABC):
     def _put(self, line: prefix.Line, begin: int, wave_id: str, asker: ThreadPoolExecutor) -> _Wave:
         """Has the next wave of the line put to the engines, from `begin` on."""
         shards = engines.count(self.spark)
-        seconds = WAVE_SECONDS * min(MOST_WAVES, max(1.0, self._committed / COMMIT_SECONDS))
+        bearable = COMMIT_SECONDS_SHARED if engines.on_drivers_cores(self.spark) else COMMIT_SECONDS
+        seconds = WAVE_SECONDS * min(MOST_WAVES, max(1.0, self._committed / bearable))
+        if self.deadline:  # what is asked is waited for
+            seconds = min(seconds, max(WAVE_SECONDS, (self.deadline - datetime.now()).total_seconds()))
         width = max(self.least or prefix.HOT_TOKENS, int(self._rate * seconds * shards))
         # A last wave of a few rows would cost a commit of its own.
         end = line.length if line.length - begin < 1.25 * width else begin + width
@@ -670,8 +676,10 @@ class Waves(ABC):
         self.seconds["startup"] += float(figures["startup"] or 0.0) / max(1, len(figures["engines"]))
         self._split()
         if time.monotonic() - self._told > TOLD_SECONDS:
+            began = time.monotonic()
             runs.write(self.spark, self.root, self.run)
             self._told = time.monotonic()
+            self._committed += self._told - began
 
     def _split(self) -> None:
         """Wall time by what it went to, into the run's figures. seconds_scoring is all the time that engines were

@@ -25,7 +25,7 @@ import jobs
 from jobs import main as dispatcher
 from jobs import rescore as job
 from jobs.rescore import rescore
-from partitioner import models, night, prefix, waves
+from partitioner import engines, models, night, prefix, waves
 from partitioner.night import Night
 from schemas import delta, runs
 from tests import invariants, judged
@@ -226,15 +226,21 @@ def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_w
     assert jobs.scoring(args, str(folder), "external").model.quantised_head
 
 
-def test_waves_grow_where_commits_are_slow_but_not_without_end(spark: SparkSession, root: str) -> None:
+@pytest.mark.parametrize(("shared", "waves_of"), [(False, (60, 60, 60, 120, 300)), (True, (60, 100, 300, 300, 300))])
+def test_waves_grow_where_commits_are_slow_but_not_without_end(
+    shared: bool, waves_of: tuple[int, ...], spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "on_drivers_cores", lambda _: shared)
     slow = Night(spark, root, scoring(), runs.start(spark, root, "rescore"))
     slow._rate, ends = 1000.0, []
     line: Any = SimpleNamespace(length=10**9, shards=lambda *_: None)
     asker: Any = SimpleNamespace(submit=lambda *_: None)
-    for seconds in (0.0, 40.0, 90.0, 9000.0):
+    for seconds in (0.0, 2.0, 40.0, 90.0, 9000.0):
         slow._committed = seconds
         ends.append(slow._put(line, 0, "w", asker).end)
-    assert ends == [60_000, 60_000, 120_000, 300_000]
+    assert ends == [1000 * seconds for seconds in waves_of]
+    slow.deadline = datetime.now() + timedelta(seconds=150)
+    assert 140_000 < slow._put(line, 0, "w", asker).end <= 150_000
 
 
 @pytest.mark.parametrize(
