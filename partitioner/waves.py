@@ -3,8 +3,8 @@
 A line (partitioner/prefix.py) is cut into waves of about a minute of engine work. Each is put to the engines, landed,
 looked at (canaries, dead engines, answers that are no numbers), and written in one commit while the engines go on with
 the next; so a kill costs the wave that is being written and what was asked behind it, and readers see news every
-minute; every few where a commit is dear, into a large table or on the engine's own cores. What a wave asks and what it
-writes is the owner's: `Night` in partitioner/night.py, and the jobs that probe, sample, explain and write chains.
+minute; every few where a commit is dear, into a large table or on the cores of an engine on CPUs. What a wave asks and
+what it writes is the owner's: `Night` in partitioner/night.py, and the jobs that probe, sample, explain, write chains.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from udfs.stream import loader
 
 WAVE_SECONDS = 60.0  # of engine work: two or three of them are what a kill can cost; how often readers see news
 COMMIT_SECONDS = 45.0  # of a wave's commit: where one takes longer, waves grow, or engines would wait for it
-# The same where commits are on the engine's own cores. One thread of an engine that waits its turn keeps the others
-# waiting: a commit costs it about its own time, and is to take no more than 2 % of a wave.
-COMMIT_SECONDS_SHARED = 0.02 * WAVE_SECONDS
+# The same for engines on CPUs, on whose cores commits are made: a thread that waits its turn keeps the others waiting,
+# so a commit costs an engine about its own time, and is to take no more than 2 % of a wave.
+COMMIT_SECONDS_ON_CPU = 0.02 * WAVE_SECONDS
 MOST_WAVES = 5.0  # as long as so many a wave may grow
 TOLD_SECONDS = 30.0  # between two writes of the run's row; each is a commit of half a second
 # A decoded token costs about three prefilled ones on CPU (1,233 against 453 a second); it only sizes a first wave.
@@ -390,7 +390,7 @@ class Waves(ABC):
     def _put(self, line: prefix.Line, begin: int, wave_id: str, asker: ThreadPoolExecutor) -> _Wave:
         """Has the next wave of the line put to the engines, from `begin` on."""
         shards = engines.count(self.spark)
-        bearable = COMMIT_SECONDS_SHARED if engines.on_drivers_cores(self.spark) else COMMIT_SECONDS
+        bearable = COMMIT_SECONDS_ON_CPU if engines.on_cpu() else COMMIT_SECONDS
         seconds = WAVE_SECONDS * min(MOST_WAVES, max(1.0, self._committed / bearable))
         if self.deadline:  # what is asked is waited for
             seconds = min(seconds, max(WAVE_SECONDS, (self.deadline - datetime.now()).total_seconds()))
@@ -545,7 +545,7 @@ class Waves(ABC):
         told = (figures["dtype"] or before[0], figures["version"] or before[1], self.settings_hash)
         if told != before:
             self.run = replace(self.run, dtype=told[0], engine_version=told[1], settings_hash=told[2])
-            runs.write(self.spark, self.root, self.run)
+            self._tell()
 
     def _not_reached(self, line: prefix.Line, at: int) -> None:
         """Takes what a run that ends early has not asked for out of the tokens that it planned."""
@@ -676,10 +676,14 @@ class Waves(ABC):
         self.seconds["startup"] += float(figures["startup"] or 0.0) / max(1, len(figures["engines"]))
         self._split()
         if time.monotonic() - self._told > TOLD_SECONDS:
-            began = time.monotonic()
-            runs.write(self.spark, self.root, self.run)
-            self._told = time.monotonic()
-            self._committed += self._told - began
+            self._tell()
+
+    def _tell(self) -> None:
+        """Writes the run's row."""
+        began = time.monotonic()
+        runs.write(self.spark, self.root, self.run)
+        self._told = time.monotonic()
+        self._committed += self._told - began
 
     def _split(self) -> None:
         """Wall time by what it went to, into the run's figures. seconds_scoring is all the time that engines were

@@ -226,11 +226,11 @@ def test_a_second_model_is_asked_with_its_own_prompt_or_else_with_the_one_that_w
     assert jobs.scoring(args, str(folder), "external").model.quantised_head
 
 
-@pytest.mark.parametrize(("shared", "waves_of"), [(False, (60, 60, 60, 120, 300)), (True, (60, 100, 300, 300, 300))])
+@pytest.mark.parametrize(("on_cpu", "waves_of"), [(False, (60, 60, 60, 120, 300)), (True, (60, 100, 300, 300, 300))])
 def test_waves_grow_where_commits_are_slow_but_not_without_end(
-    shared: bool, waves_of: tuple[int, ...], spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+    on_cpu: bool, waves_of: tuple[int, ...], spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "on_drivers_cores", lambda _: shared)
+    monkeypatch.setattr(engines, "on_cpu", lambda: on_cpu)
     slow = Night(spark, root, scoring(), runs.start(spark, root, "rescore"))
     slow._rate, ends = 1000.0, []
     line: Any = SimpleNamespace(length=10**9, shards=lambda *_: None)
