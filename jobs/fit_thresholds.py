@@ -148,7 +148,7 @@ def flags() -> jobs.Parser:
         default=Wanted.refits,
         help=f"for the spread of tau (default {Wanted.refits})",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=jobs.seed, default=0)
     return parser
 
 

@@ -110,7 +110,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=8, help="samples of each pair (default 8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="default 1: the model's own probabilities")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer, its end included (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other answers")
+    parser.add_argument("--seed", type=jobs.seed, default=0, help="another seed draws other answers")
     parser.add_argument(
         "--order", choices=ORDERS, help="post: label, then chain; pre: chain first (default: as it was taught, or post)"
     )
@@ -153,8 +153,6 @@ def refuse_wrong_draw(asked: Sampling, what: Scoring) -> None:
             f"--max-tokens {asked.max_tokens}: an answer has at least 2 (label and end), prompt and answer together at "
             f"most {what.settings.max_model_len} (--max-model-len)"
         )
-    if not 0 <= asked.seed < 2**31:
-        raise ValueError(f"--seed {asked.seed}: allowed is 0 to {2**31 - 1}")
 
 
 def none_judged(root: str, split: str, source: str | None) -> runs.Unmet:

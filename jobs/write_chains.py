@@ -54,7 +54,7 @@ def flags() -> jobs.Parser:
     parser.add_argument("--limit", type=jobs.positive, metavar="PAIRS", help="so many pairs, always the same ones")
     parser.add_argument("--n", type=int, default=1, help="chains a pair; the first right one is kept (default 1)")
     parser.add_argument("--temperature", type=float, help="default: 0 for one chain a pair, else 1")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other chains")
+    parser.add_argument("--seed", type=jobs.seed, default=0, help="another seed draws other chains")
     parser.add_argument("--max-tokens", type=int, default=96, help="of a chain, its end included (default 96)")
     parser.add_argument("--again", action="store_true", help="ask again for pairs whose chain was dropped")
     jobs.add_scoring_flags(parser, model_required=False)

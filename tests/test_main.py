@@ -35,6 +35,13 @@ def test_an_unknown_flag_stops_the_job_before_any_work(capsys: pytest.CaptureFix
     assert "--tables" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("job", ["sample", "write_chains", "fit_thresholds", "train_sft"])
+def test_a_seed_that_draws_nothing_stops_the_job_before_any_work(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("-1", "x", str(2**31)):
+        assert dispatcher.main([job, "--seed", seed]) == 2
+        assert f"argument --seed: '{seed}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
