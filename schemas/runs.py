@@ -87,7 +87,7 @@ def start(
     run_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
     run = Run(run_id, job, "running", now, model_id=model_id, prompt_id=prompt_id, settings_hash=settings_hash)
     _lease(spark, root, run_id).take()
-    delta.append(_session(spark), root, "runs", _row(spark, run))
+    delta.append(delta.for_few_rows(spark), root, "runs", _row(spark, run))
     last = run
     if alone and (newest := delta.version(spark, root, "runs")) > before + 1:
         try:  # of two that looked at the same moment, the one whose row came second gives way
@@ -107,9 +107,7 @@ def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: st
     global last
     wanted = {"job": job, "model_id": model_id, "prompt_id": prompt_id, "settings_hash": settings_hash}
     close_lost(spark, root)
-    rows = delta.read(_session(spark), root, "runs").where(
-        reduce(and_, (F.col(c) == value for c, value in wanted.items()))
-    )
+    rows = _table(spark, root).where(reduce(and_, (F.col(c) == value for c, value in wanted.items())))
     row = rows.orderBy(F.desc("started_at"), F.desc("run_id")).head()
     if row is None:
         return start(spark, root, job, model_id, prompt_id, settings_hash, alone=True)
@@ -118,7 +116,7 @@ def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: st
     run = replace(Run(**row.asDict()), status="running", message=None, finished_at=None, counts={})
     lease = _lease(spark, root, run.run_id)
     lease.take()  # before the row says that it runs: one that does without a lease is closed as lost
-    if not delta.upsert(_session(spark), root, "runs", _row(spark, run), "old.status <> 'running'")["updated"]:
+    if not _put(spark, root, run, "old.status <> 'running'"):
         # Another one went on with it at the same moment; where that has ended since, it is this one's turn.
         lease.leave()
         return begin(spark, root, job, model_id, prompt_id, settings_hash)
@@ -184,21 +182,19 @@ def in_a_line(error: BaseException) -> str:
 
 def write(spark: SparkSession, root: str, run: Run) -> None:
     """Writes the row as it is now."""
-    delta.upsert(_session(spark), root, "runs", _row(spark, run))
+    _put(spark, root, run)
 
 
 def close_lost(spark: SparkSession, root: str) -> list[str]:
     """Writes `lost` into the rows of runs whose driver is gone, and removes what they had landed; returns their ids."""
-    running = delta.read(_session(spark), root, "runs").where("status = 'running'").collect()
+    running = _table(spark, root).where("status = 'running'").collect()
     leases = {name: _lease(spark, root, name) for name in _signed(spark, root)}
     lost = [row for row in running if not _lease(spark, root, row["run_id"]).held()]
     for row in lost:
         delta.drop_scratch(spark, root, row["run_id"])
         what = "its driver ended without a word (killed, or out of memory); what it had merged is kept"
         run = replace(Run(**row.asDict()), status="lost", message=what, finished_at=datetime.now(UTC))
-        delta.upsert(
-            _session(spark), root, "runs", _row(spark, run), "old.status = 'running'"
-        )  # it may have ended this moment
+        _put(spark, root, run, "old.status = 'running'")  # it may have ended this moment
         _lease(spark, root, run.run_id).give_up()
         began = run.started_at.astimezone(UTC)  # read back it is this machine's time, without a zone
         print(f"{run.job}: run {run.run_id}, of {began:%d %b %H:%M} UTC, is closed as lost", flush=True)
@@ -214,7 +210,7 @@ def close_lost(spark: SparkSession, root: str) -> list[str]:
 def alive(spark: SparkSession, root: str, model_id: str) -> str | None:
     """A run that scores with this model now (call `close_lost` first)."""
     scores = F.col("job").isin("rescore", "backfill") & (F.col("status") == "running")
-    row = delta.read(_session(spark), root, "runs").where(scores & (F.col("model_id") == model_id)).head()
+    row = _table(spark, root).where(scores & (F.col("model_id") == model_id)).head()
     return str(row["run_id"]) if row else None
 
 
@@ -235,9 +231,9 @@ def refuse_second(
     """
     same = (F.col("status") == "running") & (F.col("job") == job) & F.col("model_id").eqNullSafe(F.lit(model_id))
     same &= F.col("prompt_id").eqNullSafe(F.lit(prompt_id))
-    told = delta.read(_session(spark), root, "runs")
+    told = _table(spark, root)
     for version in versions:
-        told = delta.read(_session(spark), root, "runs", version)
+        told = _table(spark, root, version)
         if not told.where(F.col("run_id") == mine).isEmpty():
             break
     for row in told.where(same & (F.col("run_id") != mine)).collect():
@@ -262,7 +258,7 @@ def refuse_second_driver(spark: SparkSession, root: str) -> None:
     if not (store or "").endswith(delta.ONE_DRIVER):
         return
     me = {**_here(), "pid": os.getpid()}
-    for row in delta.read(_session(spark), root, "runs").where("status = 'running'").select("run_id", "job").collect():
+    for row in _table(spark, root).where("status = 'running'").select("run_id", "job").collect():
         holder = _lease(spark, root, row["run_id"]).holder()
         if not me.items() <= holder.items():
             raise ValueError(
@@ -392,11 +388,15 @@ def _born(pid: int) -> str | None:
         return None
 
 
-def _session(spark: SparkSession) -> SparkSession:
-    """For the rows of `runs`, which are few; what a run does is nothing without them, so they are to cost little."""
-    return delta.for_few_rows(spark)
+def _table(spark: SparkSession, root: str, version: int | None = None) -> DataFrame:
+    return delta.read(delta.for_few_rows(spark), root, "runs", version)
+
+
+def _put(spark: SparkSession, root: str, run: Run, changed: str = "true") -> int:
+    """Writes the row where `changed` (SQL over `old` and `new`); returns how many there were already, 0 or 1."""
+    return delta.upsert(delta.for_few_rows(spark), root, "runs", _row(spark, run), changed)["updated"]
 
 
 def _row(spark: SparkSession, run: Run) -> DataFrame:
     values = asdict(run)
-    return delta.rows(_session(spark), "runs", [[values[name] for name in RUNS.names]])
+    return delta.rows(delta.for_few_rows(spark), "runs", [[values[name] for name in RUNS.names]])
