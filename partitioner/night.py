@@ -33,6 +33,12 @@ FEW = 500  # changes in a batch that are named one by one: no table is then join
 PORTIONS = 8  # of a line, by how much they are wanted
 MIX_PAIRS = 100  # of a run: with fewer, its mix of labels says nothing
 GATES_SECONDS = 3600.0  # between two looks at the gates in a stream that stays
+# Whether an answer takes a row's place: a writer that slept must not put old text over new, and what another run scored
+# meanwhile stays.
+NEWER = (
+    "new.pairs_version >= old.pairs_version AND (new.content_hash <> old.content_hash "
+    "OR old.outcome <> 'scored' AND new.outcome <> old.outcome)"
+)
 
 
 class Night(Waves):
@@ -251,13 +257,8 @@ class Night(Waves):
             F.lit(self.run.run_id).alias("run_id"),
             F.current_timestamp().alias("scored_at"),
         )
-        # A writer that slept must not put old text over new; and what another run scored meanwhile stays.
-        newer = (
-            "new.pairs_version >= old.pairs_version AND (new.content_hash <> old.content_hash "
-            "OR old.outcome <> 'scored' AND new.outcome <> old.outcome)"
-        )
         mine = {"model_id": what.model.model_id, "prompt_id": what.prompt.prompt_id}
-        written = delta.upsert(self.spark, self.root, "label_probs", new, newer, mine)
+        written = delta.upsert(self.spark, self.root, "label_probs", new, NEWER, mine)
         self._written += written["inserted"] + written["updated"]
 
     def ask_again(self, line: prefix.Line) -> None:
