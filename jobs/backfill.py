@@ -248,7 +248,7 @@ class Backfill(Night):
         """Tokens of work that one engine does in a second, and where that is known from; 0 where it is not."""
         mine = (F.col("model_id") == self.what.model.model_id) & (F.col("settings_hash") == self.settings_hash)
         here = F.col("engine_version").endswith(" cpu") == engines.on_cpu()
-        rows = delta.read(self.spark, self.root, "runs").where(mine & here & F.col("job").isin("rescore", JOB))
+        rows = runs.table(self.spark, self.root).where(mine & here & F.col("job").isin("rescore", JOB))
         rows = rows.where(F.col("figures")["tokens_per_second"] > 0).orderBy(
             (F.col("engine_seconds") > 60).desc(), F.desc("started_at")
         )

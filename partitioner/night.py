@@ -285,8 +285,7 @@ class Night(Waves):
         """How many of pairs that were answered twice have two tiers; where no thresholds of this model and prompt are
         in force, two likeliest labels."""
         before, after = (np.array([[pair[side][name] for name in P_COLUMNS] for pair in both]) for side in (0, 1))
-        version = tiers.active(self.spark, self.root)
-        if version is None or (version.model_id, version.prompt_id) != self.what.regime:
+        if (version := self._cuts()) is None:
             return int((tiers.argmax(before) != tiers.argmax(after)).sum())
         segments: dict[str, str] = {}
         if version.segment_by:
@@ -299,6 +298,11 @@ class Night(Waves):
         cuts = np.array([version.cuts.get(segments.get(row["pair_id"], ""), version.cuts[""]) for row, _ in both])
         old, new = (tiers.cut(tiers.cumulative(p, version.temperature), cuts) for p in (before, after))
         return int((old != new).sum())
+
+    def _cuts(self) -> tiers.Version | None:
+        """The thresholds in force, where they are of this model and prompt."""
+        version = tiers.active(self.spark, self.root)
+        return version if version and (version.model_id, version.prompt_id) == self.what.regime else None
 
     def close(self, status: str = "done", message: str | None = None) -> runs.Run:
         """Writes the run's gates and its end; returns its row."""
@@ -337,7 +341,8 @@ class Night(Waves):
             self._failed = max(failed, self._failed)
 
     def gates(self) -> list[tuple[str, str, str, float | None, float, str]]:
-        """What was looked at, as rows of `gates`; also keeps the mix of labels for the next run to compare with."""
+        """What was looked at, as rows of `gates`; also keeps the mixes of labels and tiers for the next run to compare
+        with."""
         counts, run_id = self.run.counts, self.run.run_id
         scored, refused = counts.get("scored", 0), counts.get("refused", 0)
         present = delta.read(self.spark, self.root, "pairs").select("pair_id", F.col("content_hash").alias("text"))
@@ -348,15 +353,12 @@ class Night(Waves):
             .agg(F.count("*").alias("pairs"), F.count_if(~F.col("content_hash").eqNullSafe(F.col("text"))).alias("old"))
             .collect()
         )
-        mix = {row["label"]: row["pairs"] for row in by_label if row["label"]}
-        shares = {label: mix.get(label, 0) / max(1, sum(mix.values())) for label in LABELS}
-        if scored:
-            self._measure(**{f"mix_{label}": shares[label] for label in LABELS})
-        same = models.of(self.run.model_id, self.run.prompt_id)
-        enough = (F.col("counts")["scored"] >= MIX_PAIRS) & F.col("figures")["mix_4"].isNotNull()
-        before = delta.read(self.spark, self.root, "runs").where(same & enough & (F.col("run_id") != run_id))
-        last = before.orderBy(F.desc("started_at")).select("figures").head() if scored >= MIX_PAIRS else None
-        shift = sum(abs(shares[label] - last["figures"][f"mix_{label}"]) for label in LABELS) / 2 if last else None
+        mix_shift = self._shift("mix", {row["label"]: row["pairs"] for row in by_label if row["label"]})
+        tier_shift = None
+        if (version := self._cuts()) and scored >= MIX_PAIRS:
+            others = (delta.read(self.spark, self.root, name) for name in ("pairs", "thresholds"))
+            tiered = tiers.labels(self.spark, self.judged().where(mine), *others).groupBy("tier").count().collect()
+            tier_shift = self._shift(f"tiers_v{version.version}", {row["tier"]: row["count"] for row in tiered})
         pairs, old = (sum(row[name] for row in by_label) for name in ("pairs", "old"))
         noise = selfcheck.NOISE.get(self.run.dtype or "", 0.0)
         most = self._allowed_refused if self.stays else self.max_refused
@@ -377,7 +379,8 @@ class Night(Waves):
                 "models of --also whose runs failed",
             ),
             ("outside_mass", self.run.p_outside, 0.2, "warn", "mean mass on anything but the four labels"),
-            ("mix_shift", shift, 0.2, "warn", "of the likeliest labels moved against the run before"),
+            ("mix_shift", mix_shift, 0.2, "warn", "of the likeliest labels moved against the run before"),
+            ("tier_shift", tier_shift, 0.2, "warn", "of the tiers moved against the run before, by the cuts in force"),
             ("freshness", old / max(1, pairs), 0.0, "warn", "of the pairs are not judged as they are now (backfill)"),
             (
                 "canaries",
@@ -405,6 +408,21 @@ class Night(Waves):
             (run_id, name, "ok" if found is None or found <= allowed else level, found, allowed, note)
             for name, found, allowed, level, note in looked
         ]
+
+    def _shift(self, name: str, mix: dict[int, int]) -> float | None:
+        """How much of this run's mix (pairs by label or tier) is elsewhere than in that of the run before (half the sum
+        of |Δ|); None where one of the two has too few pairs to say. Keeps it as the run's figures `name`_4 to _1."""
+        if not mix:
+            return None
+        shares = {f"{name}_{label}": mix.get(label, 0) / sum(mix.values()) for label in LABELS}
+        self._measure(**shares)
+        if self.run.counts.get("scored", 0) < MIX_PAIRS:
+            return None
+        figures, mine = F.col("figures"), models.of(self.run.model_id, self.run.prompt_id)
+        enough = (F.col("counts")["scored"] >= MIX_PAIRS) & figures[f"{name}_4"].isNotNull()
+        before = runs.table(self.spark, self.root).where(mine & enough & (F.col("run_id") != self.run.run_id))
+        last = before.orderBy(F.desc("started_at")).select("figures").head()
+        return sum(abs(share - last["figures"][key]) for key, share in shares.items()) / 2 if last else None
 
 
 def unjudged(seen: DataFrame, judged: DataFrame) -> DataFrame:

@@ -368,10 +368,9 @@ def register(spark: SparkSession, root: str) -> list[str]:
 
 
 def rows(spark: SparkSession, name: str, values: Sequence[Sequence[Any]]) -> DataFrame:
-    """A few rows of a table, made on the driver, each with all columns in order."""
-    return spark.createDataFrame(
-        [tuple(v) for v in values], ", ".join(f"{c.name} {c.type}" for c in TABLES[name].columns)
-    )
+    """A few rows of a table, made on the driver, each with all columns in order, in the session for few rows."""
+    columns = ", ".join(f"{c.name} {c.type}" for c in TABLES[name].columns)
+    return for_few_rows(spark).createDataFrame([tuple(v) for v in values], columns)
 
 
 def scratch(root: str, run_id: str, name: str) -> str:
@@ -457,7 +456,7 @@ def upsert(
 
     def build() -> DeltaMergeBuilder:
         values: dict[str, str | Column] = {c: f"new.{c}" for c in TABLES[name].names}
-        merge = _merge(spark, root, name, rows.select(*values), TABLES[name].key, same)
+        merge = _merge(root, name, rows.select(*values), TABLES[name].key, same)
         return merge.whenMatchedUpdate(changed, values).whenNotMatchedInsert(values=values)
 
     return _merged(spark, root, name, build)
@@ -467,7 +466,7 @@ def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple
     """Removes the rows whose columns `on` are among `keys`, in one commit; returns how many."""
 
     def build() -> DeltaMergeBuilder:
-        return _merge(spark, root, name, keys.select(*on).distinct(), on).whenMatchedDelete()
+        return _merge(root, name, keys.select(*on).distinct(), on).whenMatchedDelete()
 
     return _merged(spark, root, name, build)["deleted"]
 
@@ -476,7 +475,7 @@ def claim(spark: SparkSession, root: str, name: str, rows: DataFrame, on: str) -
     """Adds rows that share one value of column `on`, in one commit; False, with nothing written, where it is taken."""
 
     def build() -> DeltaMergeBuilder:
-        return _merge(spark, root, name, rows.select(*TABLES[name].names), (on,)).whenNotMatchedInsertAll()
+        return _merge(root, name, rows.select(*TABLES[name].names), (on,)).whenNotMatchedInsertAll()
 
     return _merged(spark, root, name, build)["inserted"] > 0
 
@@ -537,7 +536,7 @@ def sync(spark: SparkSession, root: str, name: str, changes: DataFrame) -> dict[
 
     def build() -> DeltaMergeBuilder:
         values: dict[str, str | Column] = {c: f"new.{c}" for c in TABLES[name].names}
-        merge = _merge(spark, root, name, changes, TABLES[name].key)
+        merge = _merge(root, name, changes, TABLES[name].key)
         merge = merge.whenMatchedDelete("new.gone").whenMatchedUpdate(set=values)
         return merge.whenNotMatchedInsert("NOT new.gone", values)
 
@@ -545,17 +544,17 @@ def sync(spark: SparkSession, root: str, name: str, changes: DataFrame) -> dict[
 
 
 def _merge(
-    spark: SparkSession,
     root: str,
     name: str,
     rows: DataFrame,
     on: Sequence[str],
     same: Mapping[str, str] | None = None,
 ) -> DeltaMergeBuilder:
-    """The beginning of a MERGE of rows (`new`) into a table (`old`); columns `same` have that value in all of them."""
+    """The beginning of a MERGE of rows (`new`) into a table (`old`), in the session of the rows; columns `same` have
+    that value in all of them."""
     matched = [f"old.{column} = new.{column}" for column in on]
     matched += [f"old.{column} = {_literal(value)}" for column, value in (same or {}).items()]
-    old = DeltaTable.forPath(spark, path(root, name)).alias("old")
+    old = DeltaTable.forPath(rows.sparkSession, path(root, name)).alias("old")
     return old.merge(rows.alias("new"), " AND ".join(matched))
 
 

@@ -87,7 +87,7 @@ def start(
     run_id = f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
     run = Run(run_id, job, "running", now, model_id=model_id, prompt_id=prompt_id, settings_hash=settings_hash)
     _lease(spark, root, run_id).take()
-    delta.append(delta.for_few_rows(spark), root, "runs", _row(spark, run))
+    delta.append(spark, root, "runs", _row(spark, run))
     last = run
     if alone and (newest := delta.version(spark, root, "runs")) > before + 1:
         try:  # of two that looked at the same moment, the one whose row came second gives way
@@ -107,7 +107,7 @@ def begin(spark: SparkSession, root: str, job: str, model_id: str, prompt_id: st
     global last
     wanted = {"job": job, "model_id": model_id, "prompt_id": prompt_id, "settings_hash": settings_hash}
     close_lost(spark, root)
-    rows = _table(spark, root).where(reduce(and_, (F.col(c) == value for c, value in wanted.items())))
+    rows = table(spark, root).where(reduce(and_, (F.col(c) == value for c, value in wanted.items())))
     row = rows.orderBy(F.desc("started_at"), F.desc("run_id")).head()
     if row is None:
         return start(spark, root, job, model_id, prompt_id, settings_hash, alone=True)
@@ -180,6 +180,11 @@ def in_a_line(error: BaseException) -> str:
     return told if cause in told else f"{told} ({cause})"
 
 
+def table(spark: SparkSession, root: str, version: int | None = None) -> DataFrame:
+    """The table `runs`, in the session for few rows: not to be joined with a frame of another one."""
+    return delta.read(delta.for_few_rows(spark), root, "runs", version)
+
+
 def write(spark: SparkSession, root: str, run: Run) -> None:
     """Writes the row as it is now."""
     _put(spark, root, run)
@@ -187,7 +192,7 @@ def write(spark: SparkSession, root: str, run: Run) -> None:
 
 def close_lost(spark: SparkSession, root: str) -> list[str]:
     """Writes `lost` into the rows of runs whose driver is gone, and removes what they had landed; returns their ids."""
-    running = _table(spark, root).where("status = 'running'").collect()
+    running = table(spark, root).where("status = 'running'").collect()
     leases = {name: _lease(spark, root, name) for name in _signed(spark, root)}
     lost = [row for row in running if not _lease(spark, root, row["run_id"]).held()]
     for row in lost:
@@ -210,7 +215,7 @@ def close_lost(spark: SparkSession, root: str) -> list[str]:
 def alive(spark: SparkSession, root: str, model_id: str) -> str | None:
     """A run that scores with this model now (call `close_lost` first)."""
     scores = F.col("job").isin("rescore", "backfill") & (F.col("status") == "running")
-    row = _table(spark, root).where(scores & (F.col("model_id") == model_id)).head()
+    row = table(spark, root).where(scores & (F.col("model_id") == model_id)).head()
     return str(row["run_id"]) if row else None
 
 
@@ -231,9 +236,9 @@ def refuse_second(
     """
     same = (F.col("status") == "running") & (F.col("job") == job) & F.col("model_id").eqNullSafe(F.lit(model_id))
     same &= F.col("prompt_id").eqNullSafe(F.lit(prompt_id))
-    told = _table(spark, root)
+    told = table(spark, root)
     for version in versions:
-        told = _table(spark, root, version)
+        told = table(spark, root, version)
         if not told.where(F.col("run_id") == mine).isEmpty():
             break
     for row in told.where(same & (F.col("run_id") != mine)).collect():
@@ -258,7 +263,7 @@ def refuse_second_driver(spark: SparkSession, root: str) -> None:
     if not (store or "").endswith(delta.ONE_DRIVER):
         return
     me = {**_here(), "pid": os.getpid()}
-    for row in _table(spark, root).where("status = 'running'").select("run_id", "job").collect():
+    for row in table(spark, root).where("status = 'running'").select("run_id", "job").collect():
         holder = _lease(spark, root, row["run_id"]).holder()
         if not me.items() <= holder.items():
             raise ValueError(
@@ -388,15 +393,11 @@ def _born(pid: int) -> str | None:
         return None
 
 
-def _table(spark: SparkSession, root: str, version: int | None = None) -> DataFrame:
-    return delta.read(delta.for_few_rows(spark), root, "runs", version)
-
-
 def _put(spark: SparkSession, root: str, run: Run, changed: str = "true") -> int:
     """Writes the row where `changed` (SQL over `old` and `new`); returns how many there were already, 0 or 1."""
-    return delta.upsert(delta.for_few_rows(spark), root, "runs", _row(spark, run), changed)["updated"]
+    return delta.upsert(spark, root, "runs", _row(spark, run), changed)["updated"]
 
 
 def _row(spark: SparkSession, run: Run) -> DataFrame:
     values = asdict(run)
-    return delta.rows(delta.for_few_rows(spark), "runs", [[values[name] for name in RUNS.names]])
+    return delta.rows(spark, "runs", [[values[name] for name in RUNS.names]])

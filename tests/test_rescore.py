@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,8 @@ import jobs
 from jobs import main as dispatcher
 from jobs import rescore as job
 from jobs.rescore import rescore
-from partitioner import engines, models, night, prefix, waves
+from partitioner import engines, models, prefix, waves
+from partitioner import night as nights
 from partitioner.night import Night
 from schemas import delta, runs
 from tests import invariants, judged
@@ -44,12 +45,40 @@ def test_few_pairs_of_a_product_are_asked_again_where_there_are_others() -> None
     rows.append(Row(product_id="c", query=0))
 
     def drawn(count: int) -> list[str]:
-        return [row[0] for row in night.drawn_in_groups(rows, ("product_id",), count)]
+        return [row[0] for row in nights.drawn_in_groups(rows, ("product_id",), count)]
 
     assert sorted(drawn(17)) == ["a"] * 8 + ["b"] * 8 + ["c"]
     assert drawn(10) == ["a"] * 8 + ["b"] * 2
     assert len(drawn(30)) == 30  # no others are left
-    assert len({tuple(row) for row in night.drawn_in_groups(rows, ("product_id",), 64)}) == 41
+    assert len({tuple(row) for row in nights.drawn_in_groups(rows, ("product_id",), 64)}) == 41
+
+
+def test_the_mix_of_labels_and_of_tiers_is_held_against_the_run_before(spark: SparkSession, root: str) -> None:
+    what, many = scoring(), nights.MIX_PAIRS
+    mine = {"model_id": what.regime[0], "prompt_id": what.regime[1]}
+    judged.fill(spark, root, "pairs", [judged.pair(i, "q") for i in range(many)])
+
+    def night(p: list[list[float]], scored: int = many) -> dict[str, tuple[str, float | None]]:
+        started = datetime.now(UTC)
+        run = runs.Run(f"{started:%H%M%S%f}", "rescore", "done", started, None, *what.regime, {"scored": scored})
+        rows = [judged.scored(i, "q", p[i % len(p)], run_id=run.run_id, **mine) for i in range(many)]
+        delta.upsert(spark, root, "label_probs", judged.rows(spark, "label_probs", rows))
+        night = Night(spark, root, what, run)
+        gates = {name: (level, found) for _, name, level, found, *_ in night.gates()}
+        runs.write(spark, root, night.run)
+        return gates
+
+    related = [0.3, 0.6, 0.05, 0.05]
+    assert night([related])["mix_shift"] == ("ok", None)  # nothing to compare with
+    assert night([related], scored=many - 1)["mix_shift"] == ("ok", None)  # too few of them
+    gates = night([related, [0.6, 0.3, 0.05, 0.05]])
+    assert gates["mix_shift"] == ("warn", 0.5)
+    assert gates["tier_shift"] == ("ok", None)  # no cuts are in force
+    judged.fill(spark, root, "thresholds", judged.cuts(1, {"": (0.2, 0.2, 0.2)}, "active", **mine))
+    assert night([related])["tier_shift"] == ("ok", None)  # by these cuts there was no run before
+    gates = night([[0.1, 0.05, 0.05, 0.8], [0.6, 0.3, 0.05, 0.05], related, related])
+    assert gates["mix_shift"] == ("warn", 0.5)
+    assert gates["tier_shift"] == ("warn", 0.25)  # an Irrelevant one; the others are Excellent both times
 
 
 def test_every_pair_gets_the_probabilities_of_its_own_prompt(spark: SparkSession, root: str) -> None:
@@ -90,7 +119,7 @@ def test_every_pair_gets_the_probabilities_of_its_own_prompt(spark: SparkSession
 def test_a_second_run_scores_only_the_pairs_of_a_changed_product(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
-    monkeypatch.setattr(night, "FEW", few)
+    monkeypatch.setattr(nights, "FEW", few)
     put(spark, root, PRODUCTS)
     rescore(spark, root, scoring())
     before = {r["pair_id"]: r["wave_id"] for r in probs(spark, root).collect()}
@@ -505,7 +534,7 @@ def test_a_check_that_killed_its_engine_asks_other_prompts_at_each_try() -> None
 
 def test_lines_for_people_say_which_job_and_how_it_ended() -> None:
     run = runs.Run("r", "backfill", "stopped", judged.NOW, counts={"seen": 5, "skipped": 1, "scored": 0, "refused": 4})
-    assert night.summary(run) == "backfill: stopped · 5 seen, 1 skipped, 0 scored, 4 refused"
+    assert nights.summary(run) == "backfill: stopped · 5 seen, 1 skipped, 0 scored, 4 refused"
     line = waves.progress("rescore", 30, 120, 1000, 4000, 10.0)
     assert line == "rescore: 30 of 120 pairs · 3.0 pairs/s · 100 tokens/s · 0.5 min left"
 
