@@ -16,7 +16,7 @@ from tests.commands import a_file_of_pairs, submit, table
 from tests.conftest import SHARED
 from tests.models import tiny_model
 
-# All 3,668 are a command of the README: on a CPU without bfloat16 they take most of half an hour.
+# All 3,668 are commands of docs/figures.md: on a CPU without bfloat16 they take most of half an hour.
 PAIRS = 100
 ICECAT = SHARED / "data" / "icecat-electronics" / "canonical.jsonl.gz"
 
