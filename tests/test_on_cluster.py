@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_each_executor_scores_its_own_shard_with_one_engine(
         logs = "".join(f.read_text(errors="replace") for f in (tmp_path / "cluster").rglob("stderr"))
         assert "CUDA_VISIBLE_DEVICES=10" in logs
         assert "CUDA_VISIBLE_DEVICES=11" in logs
+    time.sleep(3)  # what watches over an engine looks once a second whether that has ended
     left = [pid for pid in os.listdir("/proc") if pid.isdigit() and str(tmp_path / "cluster") in environment(pid)]
     assert not left
 

@@ -37,10 +37,9 @@ def test_words_that_fool_the_model_are_measured_and_stop_its_promotion(
     (engine,) = {f"{r['dtype']}, {r['engine_version']}" for r in invariants.table(root, "runs")}
     fill(spark, root, "thresholds", [{**cut, **named, "engines": [engine]} for cut in cuts(1, {"": (0.5,) * 3})])
     assert promote(spark, root, 1, dry_run=True) == 0
-    assert "how easily model 0123456789abcdef is fooled is not known; measure it: probe" in (
-        told := capsys.readouterr().out
-    )
-    assert f"--tables {root} --model 0123456789abcdef" in told
+    told = capsys.readouterr().out
+    assert "how easily model 0123456789abcdef is fooled is not known; measure it, asked with prompt" in told
+    assert f"probe --tables {root} --model 0123456789abcdef" in told
 
     probed = probe(spark, root, what, pairs=24)
     assert (probed.status, probed.counts["seen"], probed.counts["scored"]) == ("done", 24, 24 * 9)
