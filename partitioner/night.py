@@ -355,7 +355,7 @@ class Night(Waves):
         )
         mix_shift = self._shift("mix", {row["label"]: row["pairs"] for row in by_label if row["label"]})
         tier_shift = None
-        if (version := self._cuts()) and scored >= MIX_PAIRS:
+        if scored >= MIX_PAIRS and (version := self._cuts()):
             others = (delta.read(self.spark, self.root, name) for name in ("pairs", "thresholds"))
             tiered = tiers.labels(self.spark, self.judged().where(mine), *others).groupBy("tier").count().collect()
             tier_shift = self._shift(f"tiers_v{version.version}", {row["tier"]: row["count"] for row in tiered})
