@@ -108,8 +108,8 @@ def test_pairs_that_were_never_right_are_counted_and_listed(
     ]
     assert said[3].startswith("train_dpo: 1 pairs were never right: a teacher's next work (write_chains ")
     drawn.createOrReplaceTempView("samples")
-    assert [row[0] for row in spark.sql(said[3].split('"')[1]).collect()] == [never]
-    spark.catalog.dropTempView("samples")
+    assert [row[0] for row in drawn.sparkSession.sql(said[3].split('"')[1]).collect()] == [never]
+    drawn.sparkSession.catalog.dropTempView("samples")
 
 
 def test_without_preferences_it_is_told_whether_more_answers_would_help(spark: SparkSession) -> None:
