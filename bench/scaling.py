@@ -1,6 +1,6 @@
 """Does it scale: with executors, with the number of pairs, with commits?
 
-python -m bench.scaling executors [--pairs 6000]            (a standalone cluster of one worker, then of two)
+python -m bench.scaling executors [--pairs 30000]           (a standalone cluster of one worker, then of two)
 python -m bench.scaling pairs [--sizes 10000 100000 1000000]
 python -m bench.scaling commits [--count 1440]              (a day of a stream that commits a row a minute)
 
@@ -72,7 +72,7 @@ def main() -> None:
     """Measures the one or the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=("executors", "pairs", "commits"))
-    parser.add_argument("--pairs", type=int, default=6000)
+    parser.add_argument("--pairs", type=int, default=30_000)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--count", type=int, default=1440)
     args = parser.parse_args()
