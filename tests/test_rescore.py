@@ -55,7 +55,7 @@ def test_few_pairs_of_a_product_are_asked_again_where_there_are_others() -> None
 
 def test_the_mix_of_labels_and_of_tiers_is_held_against_the_run_before(spark: SparkSession, root: str) -> None:
     what, many = scoring(), nights.MIX_PAIRS
-    mine = {"model_id": what.regime[0], "prompt_id": what.regime[1]}
+    mine: dict[str, Any] = {"model_id": what.regime[0], "prompt_id": what.regime[1]}
     judged.fill(spark, root, "pairs", [judged.pair(i, "q") for i in range(many)])
 
     def night(p: list[list[float]], scored: int = many) -> dict[str, tuple[str, float | None]]:
