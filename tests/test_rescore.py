@@ -53,6 +53,7 @@ def test_few_pairs_of_a_product_are_asked_again_where_there_are_others() -> None
     assert len({tuple(row) for row in nights.drawn_in_groups(rows, ("product_id",), 64)}) == 41
 
 
+@pytest.mark.slow
 def test_the_mix_of_labels_and_of_tiers_is_held_against_the_run_before(spark: SparkSession, root: str) -> None:
     what, many = scoring(), nights.MIX_PAIRS
     mine: dict[str, Any] = {"model_id": what.regime[0], "prompt_id": what.regime[1]}
