@@ -36,7 +36,7 @@ def of(model_id: str | None, prompt_id: str | None) -> Column:
 
 def row(spark: SparkSession, root: str, model_id: str) -> Row | None:
     """A model's row in `models`."""
-    return delta.read(delta.for_few_rows(spark), root, "models").where(F.col("model_id") == model_id).head()
+    return delta.read_few(spark, root, "models").where(F.col("model_id") == model_id).head()
 
 
 def register(
@@ -147,8 +147,8 @@ def refuse_another(model_id: str, folder: str, found: Model) -> None:
 
 def registered(spark: SparkSession, root: str, model_id: str) -> tuple[str, str]:
     """Path and stage of a model_id in `models`."""
-    table = delta.read(delta.for_few_rows(spark), root, "models")
-    models = {m["model_id"]: m for m in table.select("model_id", "path", "stage").collect()}
+    rows = delta.read_few(spark, root, "models").select("model_id", "path", "stage").collect()
+    models = {m["model_id"]: m for m in rows}
     if model_id not in models:
         known = ", ".join(sorted(models)) or "none yet"
         raise ValueError(f"--model {model_id}: no folder of that name, and no registered model either (known: {known})")

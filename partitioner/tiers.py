@@ -165,7 +165,7 @@ class Version:
 
 def active(spark: SparkSession, root: str) -> Version | None:
     """The version in force, None before the first promotion. Raises RuntimeError where the table holds two."""
-    rows = delta.read(delta.for_few_rows(spark), root, "thresholds").where("status = 'active'").collect()
+    rows = delta.read_few(spark, root, "thresholds").where("status = 'active'").collect()
     if not rows:
         return None
     if len({row["version"] for row in rows}) > 1:

@@ -347,6 +347,11 @@ def read(spark: SparkSession, root: str, name: str, version: int | None = None) 
     return reader.load(path(root, name))
 
 
+def read_few(spark: SparkSession, root: str, name: str, version: int | None = None) -> DataFrame:
+    """As `read`, of a small table, in the session for few rows: not to be joined with a frame of another one."""
+    return read(for_few_rows(spark), root, name, version)
+
+
 def changes(spark: SparkSession, root: str, name: str) -> DataFrame:
     """A stream over a table's changes: first all its rows as inserts, then what is inserted, updated, deleted."""
     return spark.readStream.format("delta").option("readChangeFeed", "true").load(path(root, name))

@@ -181,8 +181,8 @@ def in_a_line(error: BaseException) -> str:
 
 
 def table(spark: SparkSession, root: str, version: int | None = None) -> DataFrame:
-    """The table `runs`, in the session for few rows: not to be joined with a frame of another one."""
-    return delta.read(delta.for_few_rows(spark), root, "runs", version)
+    """The table `runs` (`delta.read_few`)."""
+    return delta.read_few(spark, root, "runs", version)
 
 
 def write(spark: SparkSession, root: str, run: Run) -> None:
