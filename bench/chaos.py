@@ -18,6 +18,7 @@ function of the prompt, vLLM is held against plain transformers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+MARK = "TAOSR1_CHAOS"  # in the environment of all that a run starts: its folder
 KINDS = ("driver", "executor", "worker", "engine")
 JOBS = ("rescore", "backfill")
 REPO = Path(__file__).resolve().parent.parent
@@ -52,6 +54,7 @@ def main() -> int:
     parser.add_argument("--turn", type=int, default=0, help="(likewise)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    os.environ[MARK] = str(args.folder)
     if args.job:
         drive(args)
         return 0
@@ -263,7 +266,21 @@ class Chaos:
             if row["model_id"] == model_id(turn) and row["outcome"] != "scored":
                 found.append(f"{row['pair_id']} is {row['outcome']}")
         found += wrong_answers(root, turn, what_scores(self.args, turn), self.args.real)
+        found += [f"process {pid} is left, with an engine" for pid in self.engines_left()]
         self.breaches += [f"turn {turn}: {breach}" for breach in found]
+
+    def engines_left(self) -> list[str]:
+        """Processes of engines that are there half a minute after the drivers have ended: each bears its run's mark."""
+        until, left = time.monotonic() + 30, [""]
+        while left and time.monotonic() < until:
+            time.sleep(1)
+            left = []
+            for process in Path("/proc").glob("[0-9]*/environ"):
+                with contextlib.suppress(OSError):  # it ended meanwhile
+                    told = process.read_bytes().split(b"\0")
+                    if {b"TAOSR1_WORKER=engine", f"{MARK}={self.folder}".encode()} <= set(told):
+                        left.append(process.parent.name)
+        return left
 
 
 def note(folder: Path, kind: str, job: str) -> None:

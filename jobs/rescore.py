@@ -198,9 +198,9 @@ def _stream(night: Night, checkpoint: str, every: str | None, retry_failed: bool
                 raise night.error from error  # Spark wraps it in a page of Java
             if isinstance(error, StreamingQueryException):
                 raise RuntimeError(
-                    f"{error}\nWhere this speaks of an offset or a log file, the checkpoint is damaged: delete "
-                    f"{checkpoint} and start again. Nothing is lost and nothing is scored twice: what is judged is "
-                    "known from label_probs."
+                    f"the stream's checkpoint cannot be read, if this speaks of an offset or a log file: "
+                    f"{runs.in_a_line(error)} Then delete {checkpoint} and start again; nothing is lost or scored "
+                    f"twice: what is judged is known from label_probs.\n{error}"
                 ) from error
             raise
         finally:

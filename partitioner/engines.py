@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
+from typing import Any
 
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
@@ -185,11 +186,22 @@ def _profile(application: str, cpus: int, gpus: int) -> ResourceProfile:
     return ResourceProfileBuilder().require(requests.resource("gpu", gpus) if gpus else requests).build
 
 
+def _executors(spark: SparkSession) -> list[Any]:
+    """What Spark tells of each living executor of a cluster."""
+    executors = spark.sparkContext._jsc.sc().statusStore().executorList(True)
+    return [e for e in map(executors.apply, range(executors.size())) if e.id() != "driver"]
+
+
 def _cores(spark: SparkSession) -> list[int]:
     """Cores of each living executor; they need not stand in the configuration (standalone gives all there are)."""
-    executors = spark.sparkContext._jsc.sc().statusStore().executorList(True)
-    listed = [executors.apply(i) for i in range(executors.size())]
-    return [int(e.totalCores()) for e in listed if e.id() != "driver"]
+    return [int(executor.totalCores()) for executor in _executors(spark)]
+
+
+def _resting(spark: SparkSession) -> int:
+    """How many engines have had nothing to do for a while, or may have had: none is told apart by its worker."""
+    if not _at_work:
+        return count(spark) if time.monotonic() - _used >= TOUCH_SECONDS else 0
+    return 0 if is_local(spark) else sum(not executor.activeTasks() for executor in _executors(spark))
 
 
 @contextmanager
@@ -265,10 +277,13 @@ def one_is_free(spark: SparkSession, group: str) -> bool:
     )
 
 
-def each(spark: SparkSession, tensor_parallel: int, task: Callable[[Batches], Batches]) -> None:
-    """Runs a task, a function for `mapInArrow`, in the worker of each engine."""
-    number = count(spark)
-    with own_workers(spark):
+def each(
+    spark: SparkSession, tensor_parallel: int, task: Callable[[Batches], Batches], number: int = 0, beside: bool = False
+) -> None:
+    """Runs a task, a function for `mapInArrow`, in the worker of each engine; or of `number` that are idle, `beside`
+    what others do."""
+    number = number or count(spark)
+    with own_workers(spark, beside):
         rows = spark.range(number).repartitionById(number, F.col("id").cast("int"))
         rows.mapInArrow(task, "id BIGINT", profile=profile(spark, tensor_parallel)).collect()
 
@@ -300,7 +315,8 @@ def _threads(spark: SparkSession) -> str:
 
 @contextmanager
 def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
-    """Touches the engines' workers when they were not used for a while: between batches, in long planning.
+    """Touches the engines' workers that are not at work: between batches, in long planning, while another's shard takes
+    longer or is searched for what it died of.
 
     Before the first use it starts one worker an engine, without an engine in it.
     """
@@ -308,10 +324,9 @@ def kept_alive(spark: SparkSession, tensor_parallel: int) -> Iterator[None]:
 
     def touch() -> None:
         while not ended.wait(TOUCH_SECONDS):
-            if _at_work or time.monotonic() - _used < TOUCH_SECONDS:
-                continue
             try:
-                each(spark, tensor_parallel, _touched)
+                if resting := _resting(spark):
+                    each(spark, tensor_parallel, _touched, resting, beside=True)
             except Exception as error:  # the stream's own error is the one to tell
                 print(f"engines: not touched ({runs.in_a_line(error)})", flush=True)
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from pyspark.sql import Column, DataFrame, Row, SparkSession
@@ -181,18 +182,22 @@ class Night(Waves):
         """Scores those of `seen` (of `pairs`) whose text is not in `judged`, most wanted first; returns their line."""
         started = time.monotonic()
         held = Waves._held == self.what.settings and not engines.may_have_ended()
-        if not held and not unjudged(seen, judged).isEmpty():
+        why = self.asked_to_stop()
+        if (why or not held) and not unjudged(seen, judged).isEmpty():
+            if why:
+                raise Stopped(why)
             self.begin_loading()
         line, total = self.plan(seen, name, judged)
         self._count(seen=total, skipped=total - line.prompts)
         if line.prompts:
             self.planned(line, total, time.monotonic() - started)
             crash("planned")
-            self.check_first_use(line)
             try:
+                if not self.asked_to_stop():  # else the line's run ends at once, and says how much is left
+                    self.check_first_use(line)
                 self.run_line(line, name)
             except Stopped:
-                if self._end is None:  # else engines are dead: what is written has its noise too
+                if not self.run.counts.get("engine_deaths"):  # one would be loaded for it
                     self.ask_again(line)
                 raise
             self.ask_again(line)
@@ -261,20 +266,29 @@ class Night(Waves):
         written = delta.upsert(self.spark, self.root, "label_probs", new, NEWER, mine)
         self._written += written["inserted"] + written["updated"]
 
+    def _tally(self, figures: dict[str, Any]) -> None:
+        self._measure(rows_written=self._written)
+        super()._tally(figures)
+
     def ask_again(self, line: prefix.Line) -> None:
         """Once a run, some of its pairs in another order and other company: how far their probabilities move is the
         noise under every figure and every cut."""
         if ASKED in self.run.figures:
             return
         scored = self.judged().where((F.col("run_id") == self.run.run_id) & (F.col("outcome") == "scored"))
+        scored = scored.join(line.rows.select("pair_id"), "pair_id", how="left_semi")  # a stream's run has many lines
         count = min(NOISE_SAMPLE, max(4, int(line.prompts * waves.CANARY_SHARE)))
         by = ("locale", "product_id") if self.what.prompt.first == "product" else ("query",)
         near = scored.orderBy(F.xxhash64(*by), *by, F.xxhash64("pair_id")).limit(count * NOISE_TOGETHER).collect()
         drawn = {row["pair_id"]: row for row in drawn_in_groups(near, by, count)}
+        if not drawn:
+            return
         some = line.rows.where(F.col("pair_id").isin(list(drawn)))
         with self.timed("check"), self.cancellable("noise"), engines.own_workers(self.spark):
             again = self.ask(some.repartition(1).sortWithinPartitions(F.xxhash64("pair_id"))).collect()
         both = [(drawn[b["pair_id"]], b) for b in again if b["outcome"] == "scored"]
+        computed = sum(b["prompt_tokens"] - (b["cached_tokens"] or 0) for _, b in both)
+        self._measure(noise_tokens=self.run.figures.get("noise_tokens", 0.0) + computed)
         both = [(a, b) for a, b in both if a["content_hash"] == b["content_hash"]]
         moved = selfcheck.differences(*([[pair[side][p] for p in P_COLUMNS] for pair in both] for side in (0, 1)))
         if moved:
@@ -308,7 +322,6 @@ class Night(Waves):
         """Writes the run's gates and its end; returns its row."""
         self._split()
         self.look_at_gates()
-        self._measure(rows_written=self._written)
         self.run = runs.finish(self.spark, self.root, self.run, status, message)
         print(summary(self.run), flush=True)
         return self.run

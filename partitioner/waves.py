@@ -9,6 +9,7 @@ what it writes is the owner's: `Night` in partitioner/night.py, and the jobs tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import secrets
@@ -16,16 +17,19 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
 
 from partitioner import engines, models, prefix
 from schemas import delta, files, runs
@@ -78,6 +82,27 @@ class _Wave:
     landed: Future[DataFrame]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a search for the prompts that engines die of came to: the landed answers of all that was asked alone or
+    lives, how many engines died, and why it was given up, where it was."""
+
+    answered: DataFrame | None
+    deaths: int
+    gave_up: GaveUp | None
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Shards on which an engine died, and what comes of them."""
+
+    wave_id: str
+    shards: int
+    loaded: int  # as of a wave
+    begin: Callable[[], Future[_Found]]
+    found: Future[_Found]
+
+
 class Stopped(Exception):
     """The run ends early, as asked; what is merged is kept, and the next run goes on from there."""
 
@@ -88,8 +113,11 @@ class TooManyRefused(RuntimeError):
 
 def about_engine(what: Scoring) -> str:
     """What a model's first use is known by: other settings, another prompt or another build of the engine are another
-    engine, with its own noise and pace."""
-    return f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
+    engine, with its own noise and pace; and other canaries in the model's folder want a look of their own."""
+    about = f"{what.settings.dtype} {what.settings.hash} {what.prompt.prompt_id} {engines.package()}"
+    if what.model.canaries_file is None:
+        return about
+    return f"{about} {hashlib.sha256(Path(what.model.canaries_file).read_bytes()).hexdigest()[:12]}"
 
 
 class Waves(ABC):
@@ -116,6 +144,7 @@ class Waves(ABC):
         self.seconds: dict[str, float] = defaultdict(float, begun)
         self._clock, self._ticked, self._at_work = threading.Lock(), 0.0, 0  # of the waves that are being asked
         self._asked: deque[_Wave] = deque()  # not looked at yet
+        self._searches: deque[_Search] = deque()  # not over yet
         self._groups: set[str] = set()  # of Spark's jobs in which engines are asked now
         self._mark = secrets.token_hex(3)  # a name that was cancelled stays cancelled, also for a run that goes on
         self.left = False  # the run was given up from another thread
@@ -133,7 +162,6 @@ class Waves(ABC):
         self._merging: tuple[str, dict[str, Any], Future[None]] | None = None
         self._told = time.monotonic()  # when the run's row was last written
         self._allowed_refused = self.max_refused
-        self._poison: list[str] = []  # pairs on which an engine died in this run
         self._end: Exception | None = None  # why the run ends behind the wave at work
 
     def ask(self, rows: DataFrame) -> DataFrame:
@@ -302,40 +330,86 @@ class Waves(ABC):
 
         Raises Stopped at the deadline, GaveUp where faults do not end, RuntimeError beyond `max_refused`.
         """
-        at, number, done, began = 0, 0, 0, time.monotonic()
+        at, done, began = 0, 0, time.monotonic()
+        numbers = count()
         self._allowed_refused = self.max_refused + (self.run.counts.get("refused", 0) if self.stays else 0)
-        asked = self._asked
-        with ThreadPoolExecutor(2, "ask") as asker, ThreadPoolExecutor(1, "merge") as merger:
+        asked, searches = self._asked, self._searches
+        with (
+            ThreadPoolExecutor(2, "ask") as asker,
+            ThreadPoolExecutor(1, "search") as searcher,
+            ThreadPoolExecutor(1, "merge") as merger,
+        ):
 
-            def put(begin: int) -> None:
-                nonlocal number
-                asked.append(self._put(line, begin, f"{self.run.run_id}-{name}-{number:04d}", asker))
-                number += 1
+            def wave_id() -> str:
+                return f"{self.run.run_id}-{name}-{next(numbers):04d}"
+
+            def merge(wave: str, answered: DataFrame, figures: dict[str, Any]) -> None:
+                nonlocal done
+                self._settle()
+                if figures["rows"]:
+                    self._tell_engine(figures)
+                    self._merging = (wave, figures, merger.submit(self._merge, answered, wave))
+                    done += int(figures["rows"])
+
+            def search(died: DataFrame) -> None:
+                suspects, wave = list(prefix.stretches(died).values()), wave_id()
+                print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
+
+                def begin() -> Future[_Found]:
+                    return searcher.submit(self._searched, line, suspects, died.schema, wave)
+
+                searches.append(_Search(wave, len(suspects), self._loaded, begin, begin()))
+
+            def merge_found(at_most: int) -> None:
+                """What searches found; waits while more shards than `at_most` are being searched."""
+                while searches and (searches[0].found.done() or sum(one.shards for one in searches) > at_most):
+                    found, one = searches[0].found.result(), searches[0]
+                    if one.loaded != self._loaded:  # its engines were found wrong meanwhile
+                        searches[0] = replace(one, loaded=self._loaded, found=one.begin())
+                        continue
+                    searches.popleft()
+                    self._count(engine_deaths=found.deaths)
+                    self._end = self._end or found.gave_up
+                    if found.answered is not None:
+                        figures = self._figures(found.answered)
+                        if wrong := _mostly_no_numbers(figures):
+                            self._end = self._end or GaveUp(f"gave up: {wrong}, of engines that were loaded anew")
+                            continue
+                        if self.rides:
+                            self._unlooked.append(one.wave_id)
+                        merge(one.wave_id, found.answered, figures)
 
             try:
                 while at < line.length and not (self._end and not asked):
                     if self.left:
                         raise RuntimeError("the run was given up")
+                    # As many shards as there are engines keep them all busy: no wave would find one free.
+                    merge_found(min(POISONS, engines.count(self.spark)) - 1)
                     if not asked:
-                        if why := self.asked_to_stop():
-                            left = f"{line.prompts - done:,} of {line.prompts:,} pairs are left"
-                            raise Stopped(f"{why}; {left} for the next run")
-                        put(at)
+                        if self._end or self.asked_to_stop():
+                            break
+                        asked.append(self._put(line, at, wave_id(), asker))
                     wave = asked[0]
                     self._until_one_is_free(wave)
                     if wave.end < line.length and not (self._end or self.asked_to_stop()):
-                        put(wave.end)
-                    answered, figures = self._looked_at(line, wave)
-                    self._settle()
-                    if figures["rows"]:
-                        self._tell_engine(figures)
-                        self._merging = (wave.wave_id, figures, merger.submit(self._merge, answered, wave.wave_id))
-                        done += int(figures["rows"])
+                        asked.append(self._put(line, wave.end, wave_id(), asker))
+                    answered, figures = self._looked_at(wave)
+                    if figures["dead"]:
+                        died = F.col("outcome") == "engine_failed"
+                        search(answered.where(died))
+                        answered = answered.where(~died)
+                        figures = self._figures(answered, figures["canaries"])
+                    merge(wave.wave_id, answered, figures)
                     at = asked.popleft().end
                     seconds = time.monotonic() - began
                     print(progress(self.run.job, done, line.prompts, at, line.length, seconds), flush=True)
+                if not self._end:
+                    merge_found(0)
                 if self._end:
                     raise self._end
+                if done != line.prompts and (why := self.asked_to_stop()):
+                    left = f"{line.prompts - done:,} of {line.prompts:,} pairs are left"
+                    raise Stopped(f"{why}; {left} for the next run")
             except (Stopped, GaveUp, TooManyRefused):
                 self.abandon()
                 self._not_reached(line, at)
@@ -348,6 +422,7 @@ class Waves(ABC):
             finally:
                 self.abandon()
                 asked.clear()
+                searches.clear()
                 self._settle()
         if done != line.prompts:
             raise RuntimeError(f"{line.prompts:,} pairs were planned but {done:,} came back; this is a bug, report it")
@@ -370,7 +445,8 @@ class Waves(ABC):
 
     def abandon(self) -> None:
         """Cancels what the engines are being asked; where a thread waits for it, that fails."""
-        for name in self._groups | {self._group(wave.wave_id) for wave in self._asked}:
+        asked = [wave.wave_id for wave in self._asked] + [search.wave_id for search in self._searches]
+        for name in self._groups | set(map(self._group, asked)):
             engines.cancel(self.spark, name)
 
     @contextmanager
@@ -434,32 +510,24 @@ class Waves(ABC):
                 self.seconds["scoring"] += now - self._ticked
             self._ticked, self._at_work = now, self._at_work + more
 
-    def _looked_at(self, line: prefix.Line, wave: _Wave) -> tuple[DataFrame, dict[str, Any]]:
-        """A wave's landed answers and their figures, when all of them are there.
+    def _looked_at(self, wave: _Wave) -> tuple[DataFrame, dict[str, Any]]:
+        """A wave's landed answers and their figures, when all of them are there; those of dead engines too.
 
         A wave in which a canary is off, or which is mostly no answers, is dropped and asked once more, of engines that
         are loaded anew; raises GaveUp where that does not help. One that was asked of the engines which were found
         wrong behind it is asked once more in any case: it may have no canaries.
         """
-        answered, asked_beside = wave.landed.result(), 0
+        answered, canaries = wave.landed.result(), None
         if wave.loaded != self._loaded:
             answered = self._land(wave.rows, f"{wave.wave_id}-anew")
         for again in (False, True):
             wrong = None
             if wave.canaries:
-                wrong, asked_beside = self._off(answered.where("pair_id IS NULL"))
+                wrong, canaries = self._off(answered.where("pair_id IS NULL"))
                 answered = answered.where("pair_id IS NOT NULL")
             if wrong is None:
-                figures = self._figures(answered)
-                if figures["dead"]:
-                    answered = self.without_poison(line, answered, wave.wave_id)
-                    figures = self._figures(answered)
-                if asked_beside:
-                    figures["computed"] = (figures["computed"] or 0) + asked_beside
-                    before = self.run.figures.get("canaries_tokens", 0.0)
-                    self._measure(canaries_tokens=before + asked_beside)
-                if figures["not_finite"] > max(3, NOT_FINITE_SHARE * figures["rows"]):
-                    wrong = f"{figures['not_finite']:,} of {figures['rows']:,} answers are not numbers"
+                figures = self._figures(answered, canaries)
+                wrong = _mostly_no_numbers(figures)
             if wrong is None:
                 break
             if again:
@@ -478,14 +546,16 @@ class Waves(ABC):
             self._settle()  # a merge would keep the tasks that end the engines waiting
             engines.end(self.spark, self.what.settings.tensor_parallel)
             answered = self._land(wave.rows, f"{wave.wave_id}-again")
-        if wave.canaries:
+        if canaries is not None:
             self._unlooked.clear()
+            self._measure(canaries_tokens=self.run.figures.get("canaries_tokens", 0.0) + canaries)
         elif self.rides:
             self._unlooked.append(wave.wave_id)
+            self._ridden = self._ridden and not wave.canaries  # those that rode died: the next wave has some
         crash("checked")
         if figures["seconds"]:
-            self._rate = (wave.end - wave.begin) / figures["seconds"]
-        return answered, figures | {"work": wave.end - wave.begin if figures["seconds"] else 0}
+            self._rate = figures["work"] / figures["seconds"]
+        return answered, figures
 
     def _riders(self, line: prefix.Line, work: int, shards: int) -> DataFrame | None:
         """Canaries for each shard of a wave, as many as `CANARY_SHARE` of the tokens of work pays for: one before the
@@ -518,18 +588,22 @@ class Waves(ABC):
             return ""
         waves = ", ".join(f"'{wave_id}'" for wave_id in self._unlooked)
         theirs = f"run_id = '{self.run.run_id}' AND wave_id IN ({waves})"
-        forget = f"DELETE FROM delta.`{self.root}/label_probs` WHERE {theirs}"  # noqa: S608 (for people to run)
+        # For people to paste: a shell would run what stands between backticks.
+        forget = f"DELETE FROM delta.\\`{self.root}/label_probs\\` WHERE {theirs}"  # noqa: S608
         return (
             f" No canary rode in {len(self._unlooked):,} merged waves before it; to have those asked anew: "
             f'sql --tables {self.root} "{forget}", then {self.run.job} once more.'
         )
 
-    def _off(self, riders: DataFrame) -> tuple[str | None, int]:
+    def _off(self, riders: DataFrame) -> tuple[str | None, int | None]:
         """A sentence where an engine answered a canary otherwise than when it was alone, None where all is well; and
-        the tokens that the canaries cost."""
+        the tokens that the canaries cost, None where all their engines died."""
         wrong, worst, computed = None, self.run.figures.get("canaries_max_dp", 0.0), 0
-        answered = riders.where("outcome <> 'engine_failed'")
-        for row in answered.select("position", "dtype", "prompt_tokens", "cached_tokens", *P_COLUMNS).collect():
+        columns = ("position", "dtype", "prompt_tokens", "cached_tokens", *P_COLUMNS)
+        answered = riders.where("outcome <> 'engine_failed'").select(*columns).collect()
+        if not answered:
+            return None, None
+        for row in answered:
             got, known = [row[p] for p in P_COLUMNS], self.known[row["position"]].p
             off = selfcheck.largest_difference([[float("nan") if p is None else p for p in got]], [known])
             off = min(off, 1.0)  # no answer is as far off as can be
@@ -583,58 +657,53 @@ class Waves(ABC):
                 "pairs or raise the limit, and start again."
             )
 
-    def without_poison(self, line: prefix.Line, answered: DataFrame, wave_id: str) -> DataFrame:
+    def _searched(self, line: prefix.Line, suspects: list[prefix.Stretch], schema: StructType, wave_id: str) -> _Found:
         """Asks again where an engine died on its shard, in ever smaller halves: what dies alone is `engine_failed`.
 
         A worker that dies takes its shard's answers along, and Spark's next try of the task answers all of it with
         `engine_failed` and keeps a fresh engine. Here such shards are cut in halves, each a task of its own, until a
         half lives or is one prompt; that one is asked twice. So a poisonous prompt costs about log2(rows) engines, a
-        death by chance two tasks, and a prompt that kills in company only is scored. Few shards are searched at a time,
-        so that prompts are found early: where more dies than a few prompts can explain, or the time is over, those that
-        were found and all that lives are this wave, and the run ends behind it; the next start has so much less before
-        it.
+        death by chance two tasks, and a prompt that kills in company only is scored. On a cluster it runs beside the
+        waves, which need the other engines meanwhile. Few shards are searched at a time, so that prompts are found
+        early: where more dies than a few prompts can explain, or the time is over, what was found and what lives is
+        written, and the run ends behind it; the next start has so much less before it.
         """
-        if "shard" not in answered.columns:
-            return answered
         died = F.col("outcome") == "engine_failed"
-        suspects = list(prefix.stretches(answered.where(died)).values())
-        allowed = POISONS * (max(1, math.ceil(math.log2(answered.count()))) + 1)
+        rows = sum(prefix.length(stretch) for stretch in suspects)
+        allowed = POISONS * (max(1, math.ceil(math.log2(rows))) + 1)
         deaths, level, few = len(suspects), 0, max(1, POISONS // 2)
-        answered = answered.where(~died)
-        while suspects and not self._end:
-            print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
-            now, later = suspects[:few], suspects[few:]
-            pieces = dict(enumerate(half for stretch in now for half in prefix.halves(stretch)))
-            landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
-            # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
-            at_once = 1 if engines.is_local(self.spark) else len(pieces)
-            with self.cancellable(f"{wave_id}-{level}"), engines.own_workers(self.spark), self._asking():
-                if why := self.asked_to_stop():
-                    self._end = Stopped(f"{why}, while the prompt was looked for that engines die of")
-                    break
-                for first in range(0, len(pieces), at_once):
-                    some = {number: pieces[number] for number in range(first, min(first + at_once, len(pieces)))}
-                    # What an earlier search of this wave landed is gone with the wave.
-                    mode = "append" if first else "overwrite"
-                    self.ask(line.pieces(some)).write.parquet(landed, mode=mode)
-            asked = self.spark.read.schema(answered.schema).parquet(files.literal(landed))
-            dead = prefix.stretches(asked.where(died))
-            alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
-            answered = answered.unionByName(asked.where(~died | F.col("shard").isin(alone)))
-            self._poison += [row["pair_id"] for row in asked.where(died & F.col("shard").isin(alone)).collect()]
-            suspects = [stretch for number, stretch in dead.items() if number not in alone] + later
-            deaths, level = deaths + len(dead) + len(alone), level + 1
-            if suspects and deaths > allowed:
-                self._end = GaveUp(
-                    f"gave up: engines died {deaths} times in one wave, more than {POISONS} bad pairs explain. What "
-                    "was scored and found bad is written; the next start goes on with the rest. The executors' logs "
-                    "say what the engine died of; often it is memory (--max-num-seqs; on a GPU "
-                    "--max-num-batched-tokens and --gpu-memory, on CPUs --max-model-len and --kv-cache-gib)."
-                )
-        self._count(engine_deaths=deaths)
-        return answered
+        answered: DataFrame | None = None
+        gave_up: GaveUp | None = None
+        with self.cancellable(wave_id):
+            while suspects and not gave_up and not self.asked_to_stop():
+                now, later = suspects[:few], suspects[few:]
+                pieces = dict(enumerate(half for stretch in now for half in prefix.halves(stretch)))
+                landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
+                # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
+                at_once = 1 if engines.is_local(self.spark) else len(pieces)
+                with engines.own_workers(self.spark, beside=True), self._asking():
+                    for first in range(0, len(pieces), at_once):
+                        some = {number: pieces[number] for number in range(first, min(first + at_once, len(pieces)))}
+                        mode = "append" if first else "overwrite"  # what an earlier search landed
+                        self.ask(line.pieces(some)).write.parquet(landed, mode=mode)
+                asked = self.spark.read.schema(schema).parquet(files.literal(landed))
+                dead = prefix.stretches(asked.where(died))
+                alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
+                known = asked.where(~died | F.col("shard").isin(alone))
+                answered = known if answered is None else answered.unionByName(known)
+                suspects = [stretch for number, stretch in dead.items() if number not in alone] + later
+                deaths, level = deaths + len(dead) + len(alone), level + 1
+                if suspects and deaths > allowed:
+                    gave_up = GaveUp(
+                        f"gave up: engines died {deaths} times on {rows:,} pairs, more than {POISONS} bad ones "
+                        "explain. What was scored and found bad is written; the next start goes on with the rest. The "
+                        "executors' logs say what the engine died of; often it is memory (--max-num-seqs; on a GPU "
+                        "--max-num-batched-tokens and --gpu-memory, on CPUs --max-model-len and --kv-cache-gib)."
+                    )
+        return _Found(answered, deaths, gave_up)
 
-    def _figures(self, answered: DataFrame) -> dict[str, Any]:
+    def _figures(self, answered: DataFrame, canaries: int | None = None) -> dict[str, Any]:
+        """Of landed answers; the tokens that canaries beside them cost are computed too."""
         done = F.col("outcome") == self.done
         there = answered.columns
         row = answered.agg(
@@ -646,18 +715,22 @@ class Waves(ABC):
             F.sum("answer_tokens" if "answer_tokens" in there else F.lit(None)).alias("generated"),
             F.sum(F.when(done, F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
             F.sum("tokens_cut").alias("cut"),
+            F.sum("new_nodes").alias("work"),
             F.sum("engine_seconds").alias("seconds"),
             F.sum("startup_seconds").alias("startup"),
             F.collect_set("engine_id").alias("engines"),
             F.first("engine_version", ignorenulls=True).alias("version"),
             F.first("dtype", ignorenulls=True).alias("dtype"),
         ).collect()[0]
-        return row.asDict()
+        figures = row.asDict() | {"canaries": canaries}
+        if canaries:
+            figures["computed"] = (figures["computed"] or 0) + canaries
+        return figures
 
     def _tally(self, figures: dict[str, Any]) -> None:
         """Adds a written wave to the run's row, and writes it now and then: a killed run shows how far it came."""
         rows, done = int(figures["rows"]), int(figures["done"])
-        self._work += figures["work"]
+        self._work += figures["work"] if figures["seconds"] else 0
         self._count(**{self.done: done}, refused=rows - done)
         self._add(tokens_cut=int(figures["cut"]), waves=1)
         for name in ("computed", "generated"):
@@ -714,6 +787,13 @@ class Waves(ABC):
 
     def _profile(self) -> ResourceProfile | None:
         return engines.profile(self.spark, self.what.settings.tensor_parallel)
+
+
+def _mostly_no_numbers(figures: dict[str, Any]) -> str | None:
+    """A sentence where too many of a wave's answers are no numbers: that is a broken engine, not odd pairs."""
+    if figures["not_finite"] <= max(3, NOT_FINITE_SHARE * figures["rows"]):
+        return None
+    return f"{figures['not_finite']:,} of {figures['rows']:,} answers are not numbers"
 
 
 class Drawing(Waves):

@@ -146,7 +146,7 @@ class MortalEngine(FakeEngine):
 
 class PoisonedEngine(FakeEngine):
     """Dies, each time, at the prompts of poison.json in the folder `settings.model`, or hangs where there is a file
-    `hangs` too; `deaths` there counts."""
+    `hangs` too; where there is one `company` only behind another prompt. `deaths` there counts."""
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
@@ -169,14 +169,16 @@ class PoisonedEngine(FakeEngine):
         yield from super().samples(self.tasted(prompts), sampling, ahead)
 
     def tasted(self, prompts: Iterator[Sequence[int] | None]) -> Iterator[Sequence[int] | None]:
+        alone = (self.folder / "company").exists()
         for prompt in prompts:
-            if prompt is not None and tuple(prompt) in self.poison:
+            if prompt is not None and tuple(prompt) in self.poison and not alone:
                 with open(self.folder / "deaths", "a") as deaths:
                     deaths.write(f"{os.getpid()}\n")
                 if (self.folder / "hangs").exists():
                     with Watchdog(self.hang_seconds):
                         time.sleep(600)
                 os._exit(70)
+            alone = alone and prompt is None
             yield prompt
 
 

@@ -100,12 +100,12 @@ def accounted(runs: Rows) -> list[str]:
 
 
 def told_as_written(runs: Rows, written: Counter[str]) -> list[str]:
-    """4, of what the log tells: a run that is done wrote as many rows as it says. `written`: rows by run_id that one
-    version or another brought."""
+    """4, of what the log tells: a run that ended by itself wrote as many rows as it says, one that failed or was killed
+    no fewer. `written`: rows by run_id that one version or another brought."""
     found = []
     for run in runs:
-        told = dict(run["figures"]).get("rows_written")
-        if run["status"] == "done" and told is not None and told != written[run["run_id"]]:
+        told, whole = dict(run["figures"]).get("rows_written", 0.0), run["status"] in ("done", "stopped")
+        if told > written[run["run_id"]] or (whole and told < written[run["run_id"]]):
             found.append(f"run {run['run_id']} tells of {told:.0f} rows and wrote {written[run['run_id']]}")
     return found
 

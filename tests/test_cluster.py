@@ -20,7 +20,9 @@ from tests import cluster as standalone
 from tests import invariants
 from tests.cluster import cluster
 from tests.conftest import REPO
-from tests.pairs import scoring
+from tests.pairs import QUERIES, scoring
+from tests.test_faults import poisoned
+from udfs.prompt import Renderer
 
 # A driver of its own: one Python process can hold one Spark alone. Each task says where it ran, when and on which GPU.
 DRIVER = """
@@ -60,13 +62,13 @@ NIGHT = """
 import json, sys, time
 from dataclasses import replace
 from jobs.backfill import backfill
-from partitioner import prefix, waves
+from partitioner import engines, prefix, waves
 from schemas import delta
+from tests import engines as kinds
 from tests.conftest import QUICK
-from tests.engines import load_uneven
 from tests.pairs import put, scoring
 
-master, root, folder, products = sys.argv[1:]
+master, root, folder, products, engine = sys.argv[1:]
 waves.WAVE_SECONDS, prefix.HOT_TOKENS = 0.0, 2000
 conf = {"spark.driver.host": "127.0.0.1", "spark.executor.resource.gpu.amount": "1", "spark.executor.memory": "1g"}
 spark = delta.session("night", {**QUICK, **conf, "spark.master": master})
@@ -75,18 +77,23 @@ while spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() < 3 and time
     time.sleep(0.1)
 put(spark, root, [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(int(products))])
 what = scoring()
-what = replace(what, settings=replace(what.settings, model=folder), load_engine=load_uneven)
-asked, land = [], waves.Waves._land
+what = replace(what, settings=replace(what.settings, model=folder), load_engine=getattr(kinds, engine))
+asked, searched, touched = [], [], []
 
-def landed(night, rows, wave_id):
-    began = time.time()
-    where = land(night, rows, wave_id)
-    asked.append((began, time.time()))
-    return where
+def timed(method, times):
+    def call(*args, **more):
+        began = time.time()
+        found = method(*args, **more)
+        times.append((began, time.time()))
+        return found
+    return call
 
-waves.Waves._land = landed
+waves.Waves._land = timed(waves.Waves._land, asked)
+waves.Waves._searched = timed(waves.Waves._searched, searched)
+engines.each, engines.TOUCH_SECONDS = timed(engines.each, touched), 2.0
 run = backfill(spark, root, what)
 told = {"counts": run.counts, "waves": run.waves, "loads": run.engine_loads, "asked": sorted(asked)}
+told |= {"searched": searched, "touched": touched}
 print(json.dumps({**told, **run.figures}))
 """
 
@@ -140,7 +147,7 @@ def test_an_executor_runs_one_scoring_task_at_a_time_which_has_all_gpus_of_its_e
 def test_an_engine_that_is_done_with_its_shard_goes_on_with_the_next_wave_while_another_is_slow(tmp_path: Path) -> None:
     root = tmp_path / "tables"
     with cluster(tmp_path / "cluster", cores=2, gpus=1) as running:
-        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(tmp_path), "60"]
+        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(tmp_path), "60", "load_uneven"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False, cwd=REPO)
     assert done.returncode == 0, done.stderr[-6000:]
     told = json.loads(done.stdout.splitlines()[-1])
@@ -158,6 +165,8 @@ def test_an_engine_that_is_done_with_its_shard_goes_on_with_the_next_wave_while_
     # Shards are of equal work: when the fast one is done with its own, the next wave is put beside the slow one's.
     beside = [following < ended for (_, ended), (following, _) in itertools.pairwise(told["asked"])]
     assert sum(beside) >= len(beside) / 2
+    # Meanwhile its worker, which Spark would end after a minute without a task, gets one.
+    assert any(task["began"] < began < ended < task["ended"] for task in slow for began, ended in told["touched"])
     # What the engines were asked is counted once where two waves were.
     assert told["seconds_scoring"] <= told["seconds_total"]
     assert told["seconds_other"] >= 0
@@ -165,10 +174,33 @@ def test_an_engine_that_is_done_with_its_shard_goes_on_with_the_next_wave_while_
 
 
 @pytest.mark.slow
+def test_a_pair_that_kills_its_engine_is_looked_for_while_the_others_go_on(tmp_path: Path) -> None:
+    root, folder = tmp_path / "tables", tmp_path / "engine"
+    kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, "Boils water. " * 30) for i in range(120)]
+    render = Renderer(scoring().prompt)
+    first = min(
+        range(120), key=lambda n: list(render.product(kettles[n][1], "Hearthline", "Kitchen", {}, kettles[n][3]).ids)
+    )
+    poisoned(folder, kettles, [(first, QUERIES[0])])  # in the first wave
+    with cluster(tmp_path / "cluster", cores=2, gpus=1) as running:
+        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(folder), "120", "load_poisoned"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=500, check=False, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-6000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["counts"]["scored"], told["counts"]["refused"]) == (479, 1)
+    ((began, ended),) = told["searched"]
+    assert sum(began < wave < ended for wave, _ in told["asked"]) > 1, told
+    assert told["loads"] <= 2 + told["counts"]["engine_deaths"]
+    dead = [row for row in invariants.table(str(root), "label_probs") if row["outcome"] == "engine_failed"]
+    assert [(row["product_id"], row["query"]) for row in dead] == [(f"k{first}", QUERIES[0])]
+    assert not invariants.audit(str(root), "0123456789abcdef") + invariants.left(str(root))
+
+
+@pytest.mark.slow
 def test_an_executor_that_is_killed_in_the_middle_of_a_wave_costs_its_shard_and_no_row(tmp_path: Path) -> None:
     root = tmp_path / "tables"
     with cluster(tmp_path / "cluster", cores=2, gpus=1) as running:
-        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(tmp_path), "24"]
+        words = [sys.executable, "-c", NIGHT, running.master, str(root), str(tmp_path), "24", "load_uneven"]
         with open(tmp_path / "said", "wb") as said:
             night = subprocess.Popen(words, stdout=said, stderr=said, cwd=REPO)
         first = root / "label_probs" / "_delta_log" / f"{1:020}.json"

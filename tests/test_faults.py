@@ -69,8 +69,10 @@ def ran(**counts: int) -> dict[str, Any]:
         (lambda: invariants.accounted([ran(seen=3, scored=2)]), "saw 3 pairs and tells of 2"),
         (lambda: invariants.conserved([row(), row(prompt_id="p2", content_hash="x")], [judged.pair(1, "q")],
                                       judged.MODEL), "has old text"),
-        (lambda: invariants.told_as_written([ran() | {"figures": [("rows_written", 3.0)]}], Counter(r=2)),
-         "tells of 3 rows and wrote 2"),
+        (lambda: invariants.told_as_written([ran() | {"figures": [("rows_written", 3.0)]}], Counter(r=4)),
+         "tells of 3 rows and wrote 4"),
+        (lambda: invariants.told_as_written([ran() | {"figures": [("rows_written", 3.0)], "status": "lost"}],
+                                            Counter(r=2)), "tells of 3 rows and wrote 2"),
         (lambda: invariants.one_regime([*judged.cuts(1, {"": (0.5,) * 3}, "active")] * 2), "active cuts"),
     ],
 )  # fmt: skip
@@ -85,6 +87,7 @@ def test_the_invariants_have_nothing_against_a_fair_row() -> None:
     assert not invariants.conserved(rows, pairs, judged.MODEL) + invariants.never_back(rows, rows)
     assert not invariants.whole_waves([], rows, set())
     assert not invariants.accounted([ran(seen=3, skipped=1, scored=1, refused=1), ran(seen=3, skipped=1)])
+    assert not invariants.told_as_written([ran() | {"figures": [], "status": "failed"}], Counter(r=2))
 
 
 PAIR = st.sampled_from("klm")
@@ -300,7 +303,13 @@ def poisoned(folder: Path, products: list[Any], bad: list[tuple[int, str]]) -> S
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("products", "each", "poisons", "how"), [(2, 3, 1, "dies"), (2, 3, 1, "hangs"), (100, 50, 3, "dies")]
+    ("products", "each", "bad", "how"),
+    [
+        (2, 3, [(0, 0)], "dies"),
+        (2, 3, [(1, 2)], "hangs"),
+        (2, 3, [(1, 2)], "company"),
+        (100, 50, [(0, 0), (50, 1), (50, 2)], "dies"),
+    ],
 )
 def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     spark: SparkSession,
@@ -308,33 +317,57 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
     tmp_path: Path,
     products: int,
     each: int,
-    poisons: int,
+    bad: list[tuple[int, int]],
     how: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, f"Boils {i} cups.") for i in range(products)]
     queries = [f"kettle {i}" for i in range(each)]
     put(spark, root, kettles, queries)
-    bad = [(0, queries[0]), (products // 2, queries[1]), (products // 2, queries[2])][:poisons]
-    what = poisoned(tmp_path / "engine", kettles, bad)
+    what = poisoned(tmp_path / "engine", kettles, [(number, queries[query]) for number, query in bad])
     (tmp_path / "engine" / how).touch()
     monkeypatch.setattr(waves.Waves, "least", 10**9)  # all in one shard
     run = rescore(spark, root, what)
+    assert "canaries_max_dp" not in run.figures  # those that rode died with the engine
     rows = probs(spark, root).where("outcome <> 'scored'").collect()
-    assert sorted((r["product_id"], r["query"]) for r in rows) == sorted((f"k{n}", q) for n, q in bad)
-    assert {(r["outcome"], r["p_excellent"], r["p_outside"]) for r in rows} == {("engine_failed", None, None)}
-    n = products * each
+    if how == "company":
+        bad = []  # alone it is answered
+    assert sorted((r["product_id"], r["query"]) for r in rows) == sorted((f"k{n}", queries[q]) for n, q in bad)
+    assert {(r["outcome"], r["p_excellent"], r["p_outside"]) for r in rows} <= {("engine_failed", None, None)}
+    n, poisons = products * each, len(bad)
     assert (run.counts["scored"], run.counts["refused"]) == (n - poisons, poisons)
     deaths = (tmp_path / "engine" / "deaths").read_text().splitlines()
-    assert len(deaths) <= 1 + poisons * math.ceil(math.log2(n)) + 3  # one at the check of first use
+    assert 0 < len(deaths) <= 1 + max(1, poisons) * math.ceil(math.log2(n)) + 3  # one at the check of first use
     assert not (tmp_path / "engine" / "beside").exists()  # never two engines at once
     assert not invariants.audit(root, MODEL)
     shutil.rmtree(Path(root) / "_checkpoints")
     assert rescore(spark, root, what).engine_loads is None  # not tried again
     (tmp_path / "engine" / "poison.json").write_text("[]")
     again = Scoring(what.model, what.stage, what.prompt, EngineSettings(model=str(tmp_path / "engine")), load_poisoned)
-    assert rescore(spark, root, again, retry_failed=True).counts["scored"] == poisons
+    assert rescore(spark, root, again, retry_failed=True).counts.get("scored", 0) == poisons
     assert probs(spark, root).where("outcome = 'scored'").count() == n
+
+
+@pytest.mark.slow
+def test_a_stream_that_stays_asks_again_of_what_each_line_scored(spark: SparkSession, root: str) -> None:
+    (night,) = job.opened_nights(spark, root, [scoring()], math.inf, None)
+    for number in range(2):  # an hour lies between them
+        put(spark, root, [(f"k{number}", f"Steel kettle {number}", {}, None)])
+        night.score(night.pairs(), f"{number}", night.judged())
+        assert night.run.figures.get(nights.ASKED) == 4
+        night.run = replace(night.run, figures={k: v for k, v in night.run.figures.items() if k != nights.ASKED})
+    assert night.run.figures["noise_tokens"] > 0
+    assert night.close().counts["scored"] == 8
+
+
+def test_the_statement_that_forgets_what_is_in_doubt_reaches_sql_through_a_shell(root: str) -> None:
+    night = Night.__new__(Night)
+    night.root, night._unlooked, night.run = root, ["w-1", "w-2"], runs.Run("r-1", "rescore", "running", datetime.now())
+    command = night._in_doubt().partition("to have those asked anew: sql ")[2].partition(", then rescore")[0]
+    got = subprocess.run(["bash", "-c", f"printf '%s\n' {command}"], capture_output=True, text=True, check=True)
+    assert got.stderr == ""
+    forget = f"DELETE FROM delta.`{root}/label_probs` WHERE run_id = 'r-1' AND wave_id IN ('w-1', 'w-2')"
+    assert got.stdout.splitlines() == ["--tables", root, forget]
 
 
 @pytest.mark.slow
@@ -859,8 +892,10 @@ def test_a_damaged_checkpoint_skips_no_pair(spark: SparkSession, root: str, tmp_
         last.write_text("")
         for checksum in last.parent.glob(f".{last.name}.crc"):
             checksum.unlink()
-        with pytest.raises(RuntimeError, match=r"delete .*_checkpoints/rescore/.* and start again"):
+        with pytest.raises(RuntimeError, match=r"delete .*_checkpoints/rescore/.* and start again") as told:
             rescore(spark, root, scoring())
+        assert "and start again" in str(told.value).splitlines()[0]  # which is what the last line tells
+        assert any("and start again" in (row["message"] or "") for row in invariants.table(root, "runs"))
         shutil.rmtree(checkpoint)
     assert rescore(spark, root, scoring()).counts["scored"] == 4
     assert not invariants.audit(root, MODEL)

@@ -362,6 +362,29 @@ def test_waves_that_were_merged_before_a_failure_are_not_scored_again(
 
 
 @pytest.mark.slow
+def test_a_run_whose_time_is_over_before_its_first_wave_loads_no_engine(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(spark, root, PRODUCTS)
+    loaded: list[Night] = []
+    monkeypatch.setattr(Night, "begin_loading", lambda night: loaded.append(night))
+    monkeypatch.setattr(Night, "check_first_use", lambda night, _: loaded.append(night))
+    run = rescore(spark, root, scoring(), deadline=datetime.now() - timedelta(seconds=1))
+    assert (run.status, run.message, loaded) == ("stopped", f"the deadline {datetime.now():%H:%M} is reached", [])
+    plan = Night.plan
+
+    def until_late(night: Night, *of: Any) -> Any:
+        night.deadline = datetime.now() - timedelta(seconds=1)
+        return plan(night, *of)
+
+    monkeypatch.setattr(Night, "plan", until_late)
+    run = rescore(spark, root, scoring())
+    assert (run.status, len(loaded)) == ("stopped", 1)  # it began to load before it planned
+    assert "12 of 12 pairs are left for the next run" in (run.message or "")
+    assert (run.prompt_tokens, run.trie_nodes, run.block_floor) == (0, 0, 0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [False, True])
 def test_a_run_that_is_to_end_while_a_wave_is_at_work_tells_what_became_of_it(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, fault: bool
@@ -500,7 +523,11 @@ def test_an_engine_that_dies_as_it_scores_takes_its_worker_along_and_the_retry_s
 
 
 @pytest.mark.slow
-def test_canaries_that_are_off_stop_the_run(spark: SparkSession, root: str, tmp_path: Path) -> None:
+def test_canaries_that_are_off_stop_the_run_those_too_that_come_after_first_use(
+    spark: SparkSession, root: str, tmp_path: Path
+) -> None:
+    put(spark, root, PRODUCTS[:1])
+    rescore(spark, root, scoring())
     put(spark, root, PRODUCTS)
     what = scoring()
     file = tmp_path / "canaries.json"
@@ -508,7 +535,7 @@ def test_canaries_that_are_off_stop_the_run(spark: SparkSession, root: str, tmp_
     model = replace(what.model, canaries_file=str(file))
     with pytest.raises(RuntimeError, match=r"does not agree with its canaries\.json"):
         rescore(spark, root, Scoring(model, "external", what.prompt, what.settings, load_fake))
-    assert probs(spark, root).isEmpty()
+    assert probs(spark, root).count() == 4
     short = replace(what.settings, max_model_len=64)  # the pairs' prompts are shorter
     file.write_text(json.dumps([{"query": "kettle " * 40, "title": "Steel kettle", "p": [0.97, 0.01, 0.01, 0.01]}]))
     with pytest.raises(runs.Unmet, match=r"canaries\.json has a prompt of .* tokens, and --max-model-len is 64"):
