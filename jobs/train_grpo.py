@@ -69,7 +69,9 @@ def main(argv: list[str]) -> int:
     pairs = train_sft.limited(gold.learnt_from(spark, args.tables, args.source), args)
     # A pass rate is that of the policy as it is, at temperature 1; runs at others say nothing about it.
     asked = train_sft.answered(spark, args, lesson, pairs, "temperature = 1")
-    rates = asked.groupBy("pair_id", "content_hash").agg(F.avg(F.col("correct").cast("double")).alias("rate"))
+    rates = asked.groupBy("pair_id", "content_hash").agg(
+        F.avg(F.col("correct").cast("double")).alias("rate"), F.count("*").alias("answers")
+    )
     prompts = rendered(pairs, lesson.prompt).select("pair_id", "content_hash", "ids", "group_tokens")
     rows = (
         prompts.join(pairs.select("pair_id", "label"), "pair_id", how="inner")
@@ -77,7 +79,8 @@ def main(argv: list[str]) -> int:
         .orderBy("ids", "pair_id")
     )
     data: list[dict[str, Any]] = [
-        train_sft.parts(row) | {"label": row["label"], "rate": row["rate"]} for row in rows.toArrow().to_pylist()
+        train_sft.parts(row) | {name: row[name] for name in ("label", "rate", "answers")}
+        for row in rows.toArrow().to_pylist()
     ]
     if not data:
         raise ValueError(train_sft.no_pairs(args))

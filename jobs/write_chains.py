@@ -218,10 +218,10 @@ class Lesson(Drawing):
         """Asks for the chains that are not there yet, of `wanted` pairs; returns the chosen pairs (pair_id)."""
         started = time.monotonic()
         judged = gold.learnt_from(self.spark, self.root, source)
-        ordered = judged.orderBy(F.xxhash64("pair_id"), "pair_id")
-        pool = ordered.limit(POOL).localCheckpoint()
-        chosen = ordered if wanted is None else ordered.join(wanted, "pair_id", how="left_semi")
-        chosen = (chosen if limit is None else chosen.limit(limit)).localCheckpoint()
+        order = (F.xxhash64("pair_id"), F.col("pair_id"))  # so a limit takes the same ones always
+        pool = judged.orderBy(*order).limit(POOL).localCheckpoint()
+        chosen = judged if wanted is None else judged.join(wanted, "pair_id", how="left_semi")
+        chosen = (chosen if limit is None else chosen.orderBy(*order).limit(limit)).localCheckpoint()
         total = chosen.count()
         if not total and wanted is not None:
             raise runs.Unmet("--pairs: none of the selected pairs is a judged one of split train; others get no chain")
@@ -233,7 +233,7 @@ class Lesson(Drawing):
         todo = chosen.join(there, ["pair_id", "content_hash", "label"], how="left_anti")
         if total > POOL and (waiting := todo.count() - POOL) > 0:
             total -= waiting
-            todo = todo.orderBy(F.xxhash64("pair_id"), "pair_id").limit(POOL)
+            todo = todo.orderBy(*order).limit(POOL)
             print(f"{JOB}: {POOL:,} pairs are asked now; start it again for the other {waiting:,}", flush=True)
         line = self.land_line(self.rendered(with_neighbours(todo, pool, self.prompt)), "chains")
         self._count(seen=total, skipped=total - line.prompts)

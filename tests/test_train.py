@@ -27,7 +27,7 @@ from udfs.difficulty import Difficulty, pass_rates
 from udfs.forest import Row
 from udfs.model import inspect, weights_hash
 from udfs.prompt import load
-from udfs.train import TrainSettings
+from udfs.train import TrainSettings, against_samples
 
 COLOUR = {4: 301, 3: 302, 2: 303, 1: 304}  # a token of the product's text
 QUERY = (60, 61)
@@ -362,6 +362,14 @@ def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_
     assert logged == pytest.approx(wanted, rel=1e-3)
 
 
+def test_how_many_sampled_answers_are_right_is_held_against_what_p_gold_expects() -> None:
+    """Two pairs of eight answers each, one that was not sampled."""
+    rates, known, answers = np.array([0.5, 0.25, 0.9]), np.array([0.75, 0.25, np.nan]), np.array([8, 8, 0])
+    told = against_samples(rates, known, answers)
+    assert "of 16 sampled answers 8 are right, p(gold) expects 6.0 (+1.1 standard errors)" in told
+    assert "against none" in against_samples(rates, known, 0 * answers)
+
+
 def test_grpos_advantages_and_loss_are_the_formulas_of_its_paper(
     answers: Form, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,7 +465,7 @@ def test_two_processes_train_one_model_and_end_together(
 ) -> None:
     monkeypatch.delenv("PYTHONPATH")  # the tests' own, which an operator does not have
     rows, changes, more = a_stage(stage, answers)
-    changes |= {"full": False, "epochs": 2, "learning_rate": 1e-3, "steps": 9}
+    changes |= {"full": False, "epochs": 2, "learning_rate": 1e-3, "steps": 9, "gradient_checkpointing": True}
     how = settings(taught, tmp_path / stage, stage, **changes)
     if stage == "grpo":
         how = dataclasses.replace(how, generated_tokens=300)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -29,6 +30,7 @@ from udfs.forest import IGNORED, Row, forests, grouped, logprobs, planted
 from udfs.rollout import rolled_out
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import TrainerCallback
     from transformers.trainer_callback import TrainerState
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 DATA = "data.parquet"  # in the out folder: the rows of the stage
 LOG = "log.jsonl"  # one line a logged step
 TOLD_SECONDS = 20.0  # between two lines that people read
+LAST_STEPS = 10  # over which a training's figures are means
+COUNTED = ("step", "epoch", "generated_tokens", "num_tokens", "learning_rate")  # these say where it came to
 CHOSEN_NLL = 0.2  # weight of the chosen answers' own likelihood in DPO's loss
 
 
@@ -384,6 +388,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
     gold = [form.label_ids[LABELS.index(row["label"])] for row in data]
     rows = [Row(tuple(row["root"]), tuple(row["rest"]), (own,)) for row, own in zip(data, gold, strict=True)]
     known = np.array([np.nan if row["rate"] is None else row["rate"] for row in data])
+    answers = np.array([row.get("answers") or 0 for row in data])
     difficulty = Difficulty(np.nan_to_num(known, nan=0.5), settings.group, settings.seed, settings.uniform)
     is_read_off = form.order == "post"  # else a first token is no label, and the rates of samples stay
     generated = 0  # tokens of answers, of all processes
@@ -407,11 +412,13 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             if state.global_step % settings.refresh == 0 and is_read_off and not settings.uniform:
                 refresh(model)
-                if state.global_step == 0 and not np.isnan(known).all():
-                    gap = np.nanmean(np.abs(difficulty.rates - known))
-                    print(
-                        f"train_grpo: p(gold) and the pass rates of samples differ by {gap:.3f} on average", flush=True
-                    )
+                if state.global_step == 0 and trainer.is_world_process_zero():
+                    print(against_samples(difficulty.rates, known, answers), flush=True)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if is_read_off and not settings.uniform:  # those that are drawn are as hard at the end as at the start
+                refresh(model)
+                state.log_history.append({"step": state.global_step, "p_gold_end": float(difficulty.rates.mean())})
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             difficulty.save(f"{args.output_dir}/checkpoint-{state.global_step}")
@@ -443,6 +450,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
         if is_read_off:
             trainer._log_metric("groups_without_spread", groups.without_spread / groups.drawn)
         if is_read_off and not settings.uniform:
+            trainer._log_metric("p_gold", float(difficulty.rates.mean()))  # of all pairs, as last read
             trainer._log_metric("p_gold_drawn", float(difficulty.rates[[n for n, _ in groups.answers]].mean()))
         return output
 
@@ -491,6 +499,20 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
     if last := _last_checkpoint(settings, trainer.accelerator.num_processes):
         difficulty.load(last)
     return _run(trainer, settings)
+
+
+def against_samples(rates: np.ndarray, known: np.ndarray, answers: np.ndarray) -> str:
+    """A sentence: how many of the sampled answers (`answers` to each pair, of which `known` is the share that is right)
+    p(gold) would expect to be right, and how many are. Of one model the two differ by a few standard errors at most."""
+    asked = answers > 0
+    if not asked.any():
+        return "train_grpo: no sampled answers of this model, so p(gold) was held against none"
+    right, expected = (float((side[asked] * answers[asked]).sum()) for side in (known, rates))
+    error = math.sqrt(float((answers * rates * (1 - rates))[asked].sum()))
+    return (
+        f"train_grpo: of {int(answers.sum()):,} sampled answers {right:,.0f} are right, p(gold) expects "
+        f"{expected:,.1f} ({(right - expected) / max(error, 1e-9):+.1f} standard errors)"
+    )
 
 
 def rewards(form: Form) -> list[Any]:
@@ -586,11 +608,11 @@ _DRAWN = (
     "loss", "label_loss", "chain_loss", "label_accuracy", "learning_rate", "grad_norm", "rewards/margins",
     "rewards/accuracies", "nll", "reward", "rewards/right/mean", "rewards/formed/mean",
     "rewards/agrees/mean", "kl", "entropy", "completions/mean_length", "groups_without_spread", "frac_reward_zero_std",
-    "p_gold_drawn", "generated_tokens",
+    "p_gold", "p_gold_drawn", "generated_tokens",
 )  # fmt: skip
 _SHOWN = (
     "loss", "label_loss", "chain_loss", "label_accuracy", "rewards/margins", "rewards/accuracies", "rewards/right/mean",
-    "rewards/agrees/mean", "groups_without_spread", "kl", "gpu_peak_gb",
+    "rewards/agrees/mean", "p_gold", "groups_without_spread", "kl", "gpu_peak_gb",
 )  # fmt: skip
 
 
@@ -623,7 +645,8 @@ def _is_whole(checkpoint: Path, stage: str, processes: int) -> bool:
 
 
 def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
-    """Trains from the newest checkpoint, or from the start; leaves the weights in `out`. Returns the last figures."""
+    """Trains from the newest checkpoint, or from the start; leaves the weights in `out`. Returns the figures of its
+    end: the mean of the last steps', which are of one batch each, and of what counts where it came to."""
     from transformers import PrinterCallback
     from transformers.trainer_callback import TrainerState
 
@@ -644,10 +667,15 @@ def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
         kept = {} if settings.full else {"selected_adapters": ["default"]}  # without the reference
         trainer.model.save_pretrained(settings.out, safe_serialization=True, **kept)
         adapter.let_read(settings.out)
-    figures: dict[str, float] = {}
+    told: dict[str, list[float]] = {}
     for entry in trainer.state.log_history:
-        figures |= {k: float(v) for k, v in entry.items() if isinstance(v, int | float)}
-    return figures
+        for name, value in entry.items():
+            if isinstance(value, int | float):
+                told.setdefault(name, []).append(float(value))
+    return {
+        name: values[-1] if name in COUNTED else sum(values[-LAST_STEPS:]) / len(values[-LAST_STEPS:])
+        for name, values in told.items()
+    }
 
 
 def _load_policy_too(trainer: Any) -> None:
