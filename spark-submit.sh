@@ -131,7 +131,8 @@ if [ ! -d "$delta" ]; then
 fi
 
 # Workers that start hours from now still load it: so it is named by its content, and neither changed nor removed.
-pack "$scratch/taosr1.zip"
+# A driver on the cluster has no checkout, and needs the demo's adapter too.
+pack "$scratch/taosr1.zip" $([ "$mode" = client ] || echo whole)
 archive=$TAOSR1_CACHE/archives/taosr1-$(sha256sum "$scratch/taosr1.zip" | cut -c 1-16).zip
 mv "$scratch/taosr1.zip" "$archive"
 rm -rf "$scratch"

@@ -24,6 +24,7 @@ from udfs.score import Scoring
 T = TypeVar("T")
 # Exit codes: done, an error, a wrong flag or file, a gate failed, faults that did not go away, ended early as asked.
 DONE, FAILED, USAGE, GATE_FAILED, GAVE_UP, STOPPED = range(6)
+INTERRUPTED = 130  # as shells have it
 began: datetime | None = None  # when the first of several jobs did: a time of day is meant from there on
 
 
@@ -127,7 +128,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     )  # fmt: skip
     parser.add_argument("--head", default="float32", choices=("float32", "model"), help="number type of the logits")
     parser.add_argument("--max-model-len", type=positive, default=defaults.max_model_len, help="tokens of a prompt")
-    parser.add_argument("--kv-cache-gib", type=float, default=defaults.kv_cache_gib, help="KV cache on CPU, GiB")
+    parser.add_argument("--kv-cache-gib", type=above_zero, default=defaults.kv_cache_gib, help="KV cache on CPU, GiB")
     parser.add_argument("--gpu-memory", type=some, default=defaults.gpu_memory, help="share of a GPU's memory")
     by_device = f"{STEP_ON_CPU[0]} on CPU, {STEP_ON_GPU[0]} on a GPU"
     told = f"pairs in one step of the engine ({by_device}; sample: 256)"

@@ -83,6 +83,8 @@ def main(argv: list[str]) -> int:
             )
         runs.close_lost(spark, args.tables)
         runs.refuse_second(spark, args.tables, JOB, *what.regime)  # before the other model's run begins
+        adapter.refuse_chain_first(what.model.path)
+        models.refuse_foreign_prompt(spark, args.tables, what)
         before = jobs.in_force(spark, args)
         run = backfill(spark, args.tables, before, chosen, False, args.retry_failed, args.max_refused, args.deadline)
         if exit_code(run):

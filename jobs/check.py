@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import getpass
+import json
 import os
 import platform
 import shutil
@@ -114,8 +116,8 @@ def looked_at(args: argparse.Namespace) -> tuple[list[Point], Scoring | None]:
         points.append(("model", False, told))
         points.append(("prompt", False, f"{what.prompt.prompt_id}, label tokens {what.prompt.label_ids}"))
         if not files.is_uri(what.model.source):  # each worker copies that one
-            path, gpus, share = what.model.path, args.tensor_parallel, args.gpu_memory
-            points.append(("memory", *worker(spark, lambda: memory(path, gpus, share))))
+            path, settings = what.model.path, what.settings
+            points.append(("memory", *worker(spark, lambda: memory(path, settings))))
         if spark is not None and opened and delta.exists(spark, args.tables, "models"):
             models.refuse_foreign_prompt(spark, args.tables, what)
             if active:
@@ -180,9 +182,10 @@ def nvidia_smi(*words: str) -> list[str]:
     return subprocess.run([tool, *words], capture_output=True, text=True).stdout.splitlines() if tool else []  # noqa: S603
 
 
-def memory(folder: str, tensor_parallel: int, share: float) -> tuple[bool, str]:
-    """Whether the weights fit: into the `share` of a GPU that an engine takes of each of its GPUs; where there is none,
-    into this machine's memory."""
+def memory(folder: str, settings: EngineSettings) -> tuple[bool, str]:
+    """Whether the weights fit: into the share of a GPU that an engine takes of each of its GPUs; where there is none,
+    into this machine's memory, beside the KV cache."""
+    tensor_parallel, share = settings.tensor_parallel, settings.gpu_memory
     weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     if not weights:
         return True, f"the model's folder {folder} is not on this machine; copy it there, or give --model a URI"
@@ -195,11 +198,24 @@ def memory(folder: str, tensor_parallel: int, share: float) -> tuple[bool, str]:
         if each > (room := share * min(free_enough)):
             return True, f"{told}; spread it over several: --tensor-parallel {-int(-weights / 2**20 // room)}"
         return False, told
+    if settings.dtype == "float32" and stored_in_16_bits(folder):
+        weights *= 2
     free = available()
-    told = f"weights {weights / 2**30:,.2f} GiB, {free / 2**30:,.1f} GiB of memory free here"
-    if weights * 1.2 > free:
-        return True, f"{told}; free some, or use a machine with more"
+    told = (
+        f"weights {weights / 2**30:,.2f} GiB in {settings.dtype}, KV cache {settings.kv_cache_gib:g} GiB, "
+        f"{free / 2**30:,.1f} GiB of memory free here"
+    )
+    if weights * 1.2 + settings.kv_cache_gib * 2**30 > free:
+        mend = "end what holds it (ps aux --sort=-rss), give a smaller --kv-cache-gib, or use a machine with more"
+        return True, f"{told}; {mend}"
     return False, told
+
+
+def stored_in_16_bits(folder: str) -> bool:
+    """Whether a model's config.json says that its weights take two bytes each."""
+    config = Path(folder) / "config.json"
+    told = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return (told.get("dtype") or told.get("torch_dtype")) in ("bfloat16", "float16")
 
 
 def available() -> int:
@@ -216,7 +232,8 @@ def tables_of(spark: SparkSession, root: str) -> Iterator[tuple[str, tuple[bool,
         delta.try_to_write(spark, root)
         yield "storage", (False, f"{root} can be written")
     except Exception as error:  # whatever the storage throws
-        yield "storage", (True, f"{root}: {runs.in_a_line(error)}")
+        user = f"this job runs as {getpass.getuser()}"
+        yield "storage", (True, f"{root}: {runs.in_a_line(error)}; {user}: let it write there, or name other --tables")
         return
     local = files.local_path(root)
     if local and Path(local).exists():  # a plain path may be of HDFS

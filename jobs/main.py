@@ -7,8 +7,9 @@ the same one within a minute. Each begins only when the one before ended with 0;
 models that these name by a folder are looked at, before the first begins. How long each took stands at the end of the
 errors' stream.
 Exit codes: 0 done; 1 failed; 2 a flag, file or table was wrong and nothing was done; 3 a gate failed; 4 given up after
-faults that did not go away; 5 ended early, as asked (--deadline). The last line of a job is one JSON object: job, exit,
-error, and of its run the run_id, status, message, counts and figures. (`sql` answers with rows and has no such line.)
+faults that did not go away; 5 ended early, as asked (--deadline); 130 a Ctrl-C. The last line of a job is one JSON
+object: job, exit, error, and of its run the run_id, status, message, counts and figures. (`sql` answers with rows and
+has no such line.)
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from py4j.protocol import Py4JError  # noqa: E402
 from pyspark.errors import PySparkException, PythonException  # noqa: E402
 
 import jobs  # noqa: E402
-from jobs import DONE, FAILED, GATE_FAILED, GAVE_UP, STOPPED, USAGE  # noqa: E402
+from jobs import DONE, FAILED, GATE_FAILED, GAVE_UP, INTERRUPTED, STOPPED, USAGE  # noqa: E402
 from partitioner import engines, waves  # noqa: E402
 from schemas import runs  # noqa: E402
 from schemas.delta import GaveUp  # noqa: E402
@@ -144,6 +145,8 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
         return GATE_FAILED, str(error)
     except RuntimeError as error:
         return (GAVE_UP, engines.left_alone) if engines.left_alone else (FAILED, str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED, "interrupted (Ctrl-C)"
     except Exception as error:  # a full disk, or a mistake of ours: whoever mends it needs to see where
         traceback.print_exc()
         return FAILED, f"{type(error).__name__}: {error}"

@@ -57,7 +57,7 @@ CONF = {
     "spark.locality.wait": "0s",
     # Putting files of a clustered table together leaves cubes of so many bytes as they are (default: 100 GB).
     "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold": str(2**30),
-    "spark.redaction.regex": "(?i)secret|password|token|access[.]?key|credential",
+    "spark.redaction.regex": "(?i)secret|password|token|(access|account|private)[._]?key|credential|[.]sas[.]",
     # A Python worker that says nothing for half an hour is told to end.
     "spark.python.worker.idleTimeoutSeconds": "1800",
     "spark.python.worker.killOnIdleTimeout": "true",

@@ -350,10 +350,14 @@ def csv_rows(
                 header = [name.strip() for name in cells]
                 header[0] = header[0].removeprefix("\ufeff")
                 absent = [name for name in required if name not in header]
-                if absent or len(set(header)) < len(header):
+                named = [name for name in header if name]  # a spreadsheet leaves empty columns behind the last one
+                if absent or len(set(named)) < len(named):
                     wrong = f"{', '.join(absent)} missing" if absent else "a name stands twice"
                     rest = sum(other.size for other in lines)
-                    reason = f"{REFUSED}wrong columns: {wrong} in the header"
+                    apart = "tabs" if delimiter == "\t" else "commas"
+                    alone = f"; columns are separated by {apart}" if len(header) == 1 else ""
+                    found = delimiter.join(header)[:200]
+                    reason = f"{REFUSED}wrong columns: {wrong} in the header {found!r}{alone}"
                     yield replace(line, size=line.size + rest), None, reason
                     break
                 yield line, None, None
@@ -362,7 +366,7 @@ def csv_rows(
             elif reason := canonical.not_utf8(line.raw):
                 yield line, None, reason
             else:
-                yield line, dict(zip(header, cells, strict=True)), None
+                yield line, {name: cell for name, cell in zip(header, cells, strict=True) if name}, None
 
 
 def _csv_cells(lines: Iterator[Line], delimiter: str) -> Iterator[tuple[Line, list[str] | None, str | None]]:

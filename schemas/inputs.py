@@ -162,12 +162,16 @@ def quarantine(spark: SparkSession, root: str, bad: DataFrame, source: str, stag
     rows = named.groupBy("row_hash").agg(F.min("r").alias("r")).select("row_hash", "r.*")
     rows = rows.withColumns({"source": F.lit(source), "stage": F.lit(stage), "seen_at": now})
     delta.upsert(spark, root, "quarantine", rows)
-    kinds = bad.groupBy(F.substring_index("reason", ":", 1).alias("kind")).count()
+    # A row's kind, but why a file was refused whole.
+    kind = F.when(F.col("reason").startswith(formats.REFUSED), F.substring(F.concat_ws(": ", "path", "reason"), 1, 400))
+    kinds = bad.groupBy(F.coalesce(kind, F.substring_index("reason", ":", 1)).alias("kind")).count()
     counted = kinds.orderBy(F.desc("count"), "kind").limit(5).collect()
-    ask = f"SELECT reason, file, line, row FROM quarantine WHERE source = '{source}'"  # noqa: S608 (only shown)
+    ask = (  # only shown
+        f"SELECT reason, file, line, row FROM quarantine WHERE source = '{source}' ORDER BY seen_at DESC"  # noqa: S608
+    )
     return [
         *(f"{stage}:   {row['count']:,} quarantined for: {row['kind']}" for row in counted),
-        f'{stage}: look at them with: sql --tables {root} "{ask}"',
+        f'{stage}: look at them with: sql --tables {root} --width 0 "{ask}"',
     ]
 
 

@@ -92,7 +92,7 @@ GOLD = Table(
     (
         Col("pair_id", "STRING", "The judged pair", True),
         Col("source", "STRING", "Where the judgement comes from, as named at ingest", True),
-        Col("label", "INT", "4 Excellent, 3 Related, 2 Mismatch, 1 Irrelevant", True),
+        Col("label", "INT", "4 Excellent, 3 Related, 2 Mismatch, 1 Irrelevant; of raters alone, their median", True),
         Col("rater_labels", "ARRAY<INT>", "The labels of the single raters, where known"),
         Col("weight", "DOUBLE", "How much this judgement counts; 1 where nothing was said", True),
         Col("split", "STRING", "train, dev or test; the same for all pairs of a query", True),

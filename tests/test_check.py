@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from jobs import check
 from partitioner import engines
 from schemas import delta
 from tests import judged
+from udfs.engine import EngineSettings
 
 
 def points(tmp_path: Path, root: str | None, model: str) -> dict[str, tuple[bool, str]]:
@@ -82,6 +84,22 @@ def test_each_executor_is_looked_at_and_versions_that_differ_are_in_the_way(
     assert check.worker(spark, lambda: (False, "the same"), alike=True) == (False, "on 2 executor(s): the same")
 
 
+def test_weights_that_grow_in_float32_and_the_kv_cache_must_fit_into_a_cpus_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "model.safetensors", "wb") as weights:
+        weights.truncate(2 * 2**30)
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    monkeypatch.setattr(check, "nvidia_smi", lambda *_: [])
+    monkeypatch.setattr(check, "available", lambda: 4 * 2**30)
+    half = EngineSettings(model="", dtype="bfloat16", kv_cache_gib=1.0)
+    assert check.memory(str(tmp_path), half)[0] is False
+    assert check.memory(str(tmp_path), replace(half, kv_cache_gib=2.0))[0]
+    blocked, told = check.memory(str(tmp_path), replace(half, dtype="float32"))
+    assert blocked
+    assert "weights 4.00 GiB in float32, KV cache 1 GiB, 4.0 GiB of memory free here; end what holds it" in told
+
+
 @pytest.mark.parametrize(
     ("listed", "gpus", "told"),
     [
@@ -98,6 +116,7 @@ def test_weights_that_do_not_fit_on_a_gpu_are_in_the_way(
     with open(tmp_path / "model.safetensors", "wb") as weights:
         weights.truncate(2 * 2**30)
     monkeypatch.setattr(check, "nvidia_smi", lambda *_: listed)
-    blocked, found = check.memory(str(tmp_path), gpus, 0.9)
+    settings = EngineSettings(model="", tensor_parallel=gpus, gpu_memory=0.9, kv_cache_gib=0.5)
+    blocked, found = check.memory(str(tmp_path), settings)
     assert blocked == (told is not None)
     assert re.search(told or "weights 2", found)

@@ -323,7 +323,7 @@ def test_a_csv_file_of_quotes_that_do_not_close_is_not_read_again_for_each_of_it
 
 @pytest.mark.slow
 def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_along(
-    spark: SparkSession, root: str, take: Ingest, tmp_path: Path
+    spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder := tmp_path / "csv").mkdir()
     (folder / "a.csv").write_bytes(
@@ -342,10 +342,11 @@ def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_alon
     )
     (folder / "b.csv").write_text("query;product_id;title\nq;1;t\n")
     (folder / "c.csv").write_text("query,product_id,title,title\nq,1,t,t\n")
+    (folder / "d.csv").write_text("query,product_id,title,,\nq,8,from a spreadsheet,,\n")
     (folder / "empty.csv").write_text("")
     assert take("--pairs", folder) == 0
     titles = {k[0]: r["title"] for k, r in stored(spark, root).items()}
-    assert titles == {"1": 'two\r\nlines, "quoted"', "6": "fine", "7": "fine, too"}
+    assert titles == {"1": 'two\r\nlines, "quoted"', "6": "fine", "7": "fine, too", "8": "from a spreadsheet"}
     found = reasons(spark, root)
     assert found.pop(("a.csv", 8)).startswith("broken CSV: ")
     assert found.pop(("a.csv", 11)).startswith("broken CSV: ")
@@ -355,14 +356,17 @@ def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_alon
         ("a.csv", 5): "wrong number of columns: 3, the header has 4",
         ("a.csv", 6): "wrong number of columns: 5, the header has 4",
         ("a.csv", 12): "label: '4.0' is none of the whole numbers 4, 3, 2, 1",
-        ("b.csv", 1): "refused file: wrong columns: query, product_id, title missing in the header",
-        ("c.csv", 1): "refused file: wrong columns: a name stands twice in the header",
+        ("b.csv", 1): "refused file: wrong columns: query, product_id, title missing in the header "
+        "'query;product_id;title'; columns are separated by commas",
+        ("c.csv", 1): "refused file: wrong columns: a name stands twice in the header 'query,product_id,title,title'",
     }
     (run,) = delta.read(spark, root, "runs").collect()
     assert {name: run["counts"][name] for name in ("read", "accepted", "refused_files")} == {
-        "read": 10, "accepted": 3, "refused_files": 2
+        "read": 11, "accepted": 4, "refused_files": 2
     }  # fmt: skip
+    capsys.readouterr()
     assert take("--pairs", folder / "b.csv") == 3  # nothing of it could be read
+    assert "b.csv: refused file: wrong columns: query, product_id, title missing" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -52,12 +52,17 @@ def test_a_seed_that_draws_nothing_stops_the_job_before_any_work(job: str, capsy
         (TooManyRefused("1,001 pairs"), "failed", 3),
         (delta.GaveUp("tried ten times"), "failed", 4),
         (OSError(28, "No space left on device"), "failed", 1),
+        (KeyboardInterrupt(), "failed", 130),
         (SparkException("Job aborted due to stage failure"), "failed", 4),
     ],
     ids=str,
 )
 def test_how_a_job_failed_stands_in_its_exit_code_and_its_last_line(
-    error: Exception, status: str | None, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    status: str | None,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = runs.Run("r1", "maintain", status, datetime(2026, 1, 1, tzinfo=UTC), "why") if status else None
 
