@@ -23,7 +23,7 @@ demo: java setup ## the whole pipeline on a made-up catalogue, with a small real
 	./demo/run.sh
 
 test: java lint ## style, types and the tests that are quick; some ten minutes
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: java lint ## style, types and all tests; an hour and more
 	$(PYTHON) -m pytest -n 2 --dist worksteal

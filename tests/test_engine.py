@@ -193,7 +193,6 @@ def test_the_engine_is_told_what_was_asked_for_or_what_its_device_wants() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_head_is_in_float32_also_where_the_decoder_has_a_configuration_of_its_own() -> None:
     from transformers import AutoConfig
 

@@ -75,7 +75,6 @@ def test_where_all_executors_stay_away_what_waits_for_them_is_cancelled(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_touch_does_not_wait_for_the_end_of_a_long_planning(spark: SparkSession) -> None:
     def plan(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         time.sleep(0.3)

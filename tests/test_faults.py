@@ -832,7 +832,6 @@ def test_a_ctrl_c_ends_the_night_at_once_and_no_candidate_is_to_blame(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_of_two_that_go_on_with_one_run_at_the_same_moment_one_is_refused(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,7 +238,15 @@ def test_a_plain_spark_submit_ingests_and_scores_from_one_file_and_one_archive_a
     shutil.copy(REPO / "jobs" / "main.py", alone)
     find = [sys.executable, "-m", "pyspark.find_spark_home"]
     home = subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip()
-    conf = {**QUICK, "spark.hadoop.fs.s3a.secret.key": "planted-in-a-conf"}
+    (events := tmp_path / "events").mkdir()
+    conf = {
+        **QUICK,
+        "spark.hadoop.fs.s3a.secret.key": "planted-in-a-conf",
+        "spark.hadoop.fs.azure.account.key.store": "planted-in-another",
+        "spark.eventLog.enabled": "true",
+        "spark.eventLog.compress": "false",
+        "spark.eventLog.dir": events.as_uri(),
+    }
     given = [word for key, value in conf.items() for word in ("--conf", f"{key}={value}")]
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SPARK_HOME")}
     tables, model = tmp_path / "tables", tiny_model(tmp_path / "model")
@@ -263,12 +271,24 @@ def test_a_plain_spark_submit_ingests_and_scores_from_one_file_and_one_archive_a
     assert done.returncode == 0, said
     assert '"status": "done", "counts": {"seen": 4, "skipped": 0, "scored": 4, "refused": 0' in said
     told = said + "".join(str(table(tables, name)) for name in ("runs", "models", "gates", "label_probs"))
-    assert "planted" not in told
+    logged = "".join(file.read_text() for file in events.rglob("events_*"))
+    assert '"spark.hadoop.fs.azure.account.key.store":"*********(redacted)"' in logged
+    assert "planted" not in told + logged
+    assert "Steel kettle no." not in logged
 
 
 @pytest.mark.slow
-def test_deploy_mode_cluster_is_left_to_spark_submit(checkout: Path) -> None:
-    done = run(checkout, "--master", "spark://127.0.0.1:1", "--deploy-mode", "cluster", "echo")
+def test_deploy_mode_cluster_is_left_to_spark_submit_with_all_that_a_driver_without_a_checkout_needs(
+    checkout: Path, tmp_path: Path
+) -> None:
+    (checkout / "demo" / "adapter").mkdir()
+    (checkout / "demo" / "adapter" / "adapter_model.safetensors").write_text("weights")
+    (cache := tmp_path / "cache").mkdir()
+    (cache / "jars").symlink_to(Path(os.environ.get("TAOSR1_CACHE", REPO / ".cache")) / "jars")
+    words = ["--master", "spark://127.0.0.1:1", "--deploy-mode", "cluster", "echo"]
+    done = run(checkout, *words, TAOSR1_CACHE=str(cache))
+    (archive,) = (cache / "archives").glob("*.zip")
+    assert "demo/adapter/adapter_model.safetensors" in zipfile.ZipFile(archive).namelist()
     assert done.returncode != 0
     assert "Cluster deploy mode is currently not supported for python applications" in done.stdout + done.stderr
 
