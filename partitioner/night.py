@@ -276,7 +276,8 @@ class Night(Waves):
         if ASKED in self.run.figures:
             return
         scored = self.judged().where((F.col("run_id") == self.run.run_id) & (F.col("outcome") == "scored"))
-        scored = scored.join(line.rows.select("pair_id"), "pair_id", how="left_semi")  # a stream's run has many lines
+        here = line.rows.select("pair_id", "content_hash")  # a stream's run has many lines
+        scored = scored.join(here, ["pair_id", "content_hash"], how="left_semi")
         count = min(NOISE_SAMPLE, max(4, int(line.prompts * waves.CANARY_SHARE)))
         by = ("locale", "product_id") if self.what.prompt.first == "product" else ("query",)
         near = scored.orderBy(F.xxhash64(*by), *by, F.xxhash64("pair_id")).limit(count * NOISE_TOGETHER).collect()
@@ -284,7 +285,7 @@ class Night(Waves):
         if not drawn:
             return
         some = line.rows.where(F.col("pair_id").isin(list(drawn)))
-        with self.timed("check"), self.cancellable("noise"), engines.own_workers(self.spark):
+        with self.timed("check"), self.cancellable("noise"), engines.own_workers(self.spark, beside=True):
             again = self.ask(some.repartition(1).sortWithinPartitions(F.xxhash64("pair_id"))).collect()
         both = [(drawn[b["pair_id"]], b) for b in again if b["outcome"] == "scored"]
         computed = sum(b["prompt_tokens"] - (b["cached_tokens"] or 0) for _, b in both)

@@ -78,6 +78,7 @@ class _Wave:
     end: int
     shards: int
     canaries: bool
+    unlooked: tuple[str, ...]  # searches that were merged by then, and not behind a canary
     loaded: int  # how often this run had ended its engines by then
     landed: Future[DataFrame]
 
@@ -98,9 +99,11 @@ class _Search:
 
     wave_id: str
     shards: int
+    of: int  # rows of the wave
     loaded: int  # as of a wave
     begin: Callable[[], Future[_Found]]
     found: Future[_Found]
+    again: bool = False  # its first answers were no numbers
 
 
 class Stopped(Exception):
@@ -158,6 +161,7 @@ class Waves(ABC):
         self._owed = 0.0  # tokens that canaries may still cost
         self._ridden = False  # whether any was asked in this run
         self._unlooked: list[str] = []  # waves that were merged since a canary was last right
+        self._unlooked_searches: list[str] = []  # likewise; their engines may be younger than the wave's at work
         self._loading: Future[None] | None = None
         self._merging: tuple[str, dict[str, Any], Future[None]] | None = None
         self._told = time.monotonic()  # when the run's row was last written
@@ -269,7 +273,7 @@ class Waves(ABC):
             models.register(self.spark, self.root, what.model, what.stage, config=kept)  # and the next batch checks
             return
         check = selfcheck.checker(what.settings, what.prompt.label_ids, sample, known, what.load_engine)
-        with self.timed("check"), self.cancellable("check"), engines.own_workers(self.spark):
+        with self.timed("check"), self.cancellable("check"), engines.own_workers(self.spark, beside=True):
             found = (
                 self.spark.range(1)
                 .repartition(1)
@@ -346,37 +350,39 @@ class Waves(ABC):
             def merge(wave: str, answered: DataFrame, figures: dict[str, Any]) -> None:
                 nonlocal done
                 self._settle()
-                if figures["rows"]:
-                    self._tell_engine(figures)
-                    self._merging = (wave, figures, merger.submit(self._merge, answered, wave))
-                    done += int(figures["rows"])
+                if not figures["rows"]:
+                    self._drop_landed(wave)
+                    return
+                self._tell_engine(figures)
+                self._merging = (wave, figures, merger.submit(self._merge, answered, wave))
+                done += int(figures["rows"])
 
-            def search(died: DataFrame) -> None:
+            def search(died: DataFrame, of: int) -> None:
                 suspects, wave = list(prefix.stretches(died).values()), wave_id()
                 print(f"{self.run.job}: an engine died; looking for the prompt in {len(suspects)} shard(s)", flush=True)
 
                 def begin() -> Future[_Found]:
                     return searcher.submit(self._searched, line, suspects, died.schema, wave)
 
-                searches.append(_Search(wave, len(suspects), self._loaded, begin, begin()))
+                searches.append(_Search(wave, len(suspects), of, self._loaded, begin, begin()))
 
             def merge_found(at_most: int) -> None:
                 """What searches found; waits while more shards than `at_most` are being searched."""
                 while searches and (searches[0].found.done() or sum(one.shards for one in searches) > at_most):
                     found, one = searches[0].found.result(), searches[0]
-                    if one.loaded != self._loaded:  # its engines were found wrong meanwhile
+                    self._count(engine_deaths=found.deaths)
+                    figures = self._figures(found.answered) if found.answered is not None else None
+                    if figures and one.loaded == self._loaded and (wrong := _mostly_no_numbers(figures, one.of)):
+                        self._drop(wrong, one.again)
+                        one = replace(one, again=True)
+                    if one.loaded != self._loaded:  # its engines were found wrong
                         searches[0] = replace(one, loaded=self._loaded, found=one.begin())
                         continue
                     searches.popleft()
-                    self._count(engine_deaths=found.deaths)
                     self._end = self._end or found.gave_up
-                    if found.answered is not None:
-                        figures = self._figures(found.answered)
-                        if wrong := _mostly_no_numbers(figures):
-                            self._end = self._end or GaveUp(f"gave up: {wrong}, of engines that were loaded anew")
-                            continue
+                    if found.answered is not None and figures:
                         if self.rides:
-                            self._unlooked.append(one.wave_id)
+                            self._unlooked_searches.append(one.wave_id)
                         merge(one.wave_id, found.answered, figures)
 
             try:
@@ -396,7 +402,7 @@ class Waves(ABC):
                     answered, figures = self._looked_at(wave)
                     if figures["dead"]:
                         died = F.col("outcome") == "engine_failed"
-                        search(answered.where(died))
+                        search(answered.where(died), int(figures["rows"]))
                         answered = answered.where(~died)
                         figures = self._figures(answered, figures["canaries"])
                     merge(wave.wave_id, answered, figures)
@@ -476,7 +482,8 @@ class Waves(ABC):
         riders = self._riders(line, end - begin, shards)
         rows = line.shards(begin, end, shards, riders)
         landed = asker.submit(self._land, rows, wave_id)
-        return _Wave(wave_id, rows, begin, end, shards, riders is not None, self._loaded, landed)
+        unlooked = tuple(self._unlooked_searches)
+        return _Wave(wave_id, rows, begin, end, shards, riders is not None, unlooked, self._loaded, landed)
 
     def _land(self, rows: DataFrame, wave_id: str) -> DataFrame:
         """Asks the engines for a wave, beside the last answers of the one before; returns what was landed."""
@@ -527,35 +534,42 @@ class Waves(ABC):
                 answered = answered.where("pair_id IS NOT NULL")
             if wrong is None:
                 figures = self._figures(answered, canaries)
-                wrong = _mostly_no_numbers(figures)
+                wrong = _mostly_no_numbers(figures, figures["rows"])
             if wrong is None:
                 break
-            if again:
-                self._count(waves_failed=1)
-                raise GaveUp(
-                    f"gave up: {wrong}, with engines loaded anew too. Nothing of this wave was written, earlier waves "
-                    f"are kept.{self._in_doubt()} Look at the machine's memory and GPU, and at: check --parity --model "
-                    + self.what.model.path
-                )
-            print(
-                f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines.{self._in_doubt()}",
-                flush=True,
-            )
-            self._count(waves_dropped=1)
-            self._loaded += 1
-            self._settle()  # a merge would keep the tasks that end the engines waiting
-            engines.end(self.spark, self.what.settings.tensor_parallel)
+            self._drop(wrong, again)
             answered = self._land(wave.rows, f"{wave.wave_id}-again")
         if canaries is not None:
             self._unlooked.clear()
+            self._unlooked_searches = [one for one in self._unlooked_searches if one not in wave.unlooked]
             self._measure(canaries_tokens=self.run.figures.get("canaries_tokens", 0.0) + canaries)
         elif self.rides:
-            self._unlooked.append(wave.wave_id)
+            if figures["rows"] > figures["dead"]:
+                self._unlooked.append(wave.wave_id)
             self._ridden = self._ridden and not wave.canaries  # those that rode died: the next wave has some
         crash("checked")
         if figures["seconds"]:
             self._rate = figures["work"] / figures["seconds"]
         return answered, figures
+
+    def _drop(self, wrong: str, again: bool) -> None:
+        """Ends the engines of a wave whose answers are wrong, so that it is asked again of fresh ones; raises GaveUp
+        where that was done already."""
+        if again:
+            self._count(waves_failed=1)
+            raise GaveUp(
+                f"gave up: {wrong}, with engines loaded anew too. Nothing of this wave was written, earlier waves "
+                f"are kept.{self._in_doubt()} Look at the machine's memory and GPU, and at: check --parity --model "
+                + self.what.model.path
+            )
+        print(
+            f"{self.run.job}: {wrong}; the wave is dropped and asked again of fresh engines.{self._in_doubt()}",
+            flush=True,
+        )
+        self._count(waves_dropped=1)
+        self._loaded += 1
+        self._settle()  # a merge would keep the tasks that end the engines waiting
+        engines.end(self.spark, self.what.settings.tensor_parallel)
 
     def _riders(self, line: prefix.Line, work: int, shards: int) -> DataFrame | None:
         """Canaries for each shard of a wave, as many as `CANARY_SHARE` of the tokens of work pays for: one before the
@@ -584,14 +598,15 @@ class Waves(ABC):
 
     def _in_doubt(self) -> str:
         """A sentence about the waves that were merged without a look at their engines since a canary was last right."""
-        if not self._unlooked:
+        unlooked = self._unlooked + self._unlooked_searches
+        if not unlooked:
             return ""
-        waves = ", ".join(f"'{wave_id}'" for wave_id in self._unlooked)
+        waves = ", ".join(f"'{wave_id}'" for wave_id in unlooked)
         theirs = f"run_id = '{self.run.run_id}' AND wave_id IN ({waves})"
         # For people to paste: a shell would run what stands between backticks.
         forget = f"DELETE FROM delta.\\`{self.root}/label_probs\\` WHERE {theirs}"  # noqa: S608
         return (
-            f" No canary rode in {len(self._unlooked):,} merged waves before it; to have those asked anew: "
+            f" No canary rode in {len(unlooked):,} merged waves before it; to have those asked anew: "
             f'sql --tables {self.root} "{forget}", then {self.run.job} once more.'
         )
 
@@ -647,15 +662,19 @@ class Waves(ABC):
         self.seconds["commit_waited"] += time.monotonic() - began - (self.seconds["scoring"] - asked)
         self._tally(figures)
         crash("told")
-        for name in delta.inside(self.spark, delta.scratch(self.root, self.run.run_id, "")):
-            if name.startswith(wave_id):  # also what was asked again, and pieces
-                delta.drop_scratch(self.spark, self.root, self.run.run_id, name)
+        self._drop_landed(wave_id)
         if self.run.counts.get("refused", 0) > self._allowed_refused:
             raise TooManyRefused(
                 f"stopped: {self.run.counts['refused']:,} pairs were refused, more than --max-refused "
                 f"{self.max_refused:,}. What was judged is kept; column outcome of label_probs says why. Mend the "
                 "pairs or raise the limit, and start again."
             )
+
+    def _drop_landed(self, wave_id: str) -> None:
+        """Removes what a wave landed: also what was asked again, and a search's pieces."""
+        for name in delta.inside(self.spark, delta.scratch(self.root, self.run.run_id, "")):
+            if name.startswith(wave_id):
+                delta.drop_scratch(self.spark, self.root, self.run.run_id, name)
 
     def _searched(self, line: prefix.Line, suspects: list[prefix.Stretch], schema: StructType, wave_id: str) -> _Found:
         """Asks again where an engine died on its shard, in ever smaller halves: what dies alone is `engine_failed`.
@@ -715,7 +734,7 @@ class Waves(ABC):
             F.sum("answer_tokens" if "answer_tokens" in there else F.lit(None)).alias("generated"),
             F.sum(F.when(done, F.col("prompt_tokens") - F.col("cached_tokens"))).alias("computed"),
             F.sum("tokens_cut").alias("cut"),
-            F.sum("new_nodes").alias("work"),
+            F.sum(F.when(F.col("outcome") != "engine_failed", F.col("new_nodes"))).alias("work"),
             F.sum("engine_seconds").alias("seconds"),
             F.sum("startup_seconds").alias("startup"),
             F.collect_set("engine_id").alias("engines"),
@@ -789,11 +808,11 @@ class Waves(ABC):
         return engines.profile(self.spark, self.what.settings.tensor_parallel)
 
 
-def _mostly_no_numbers(figures: dict[str, Any]) -> str | None:
-    """A sentence where too many of a wave's answers are no numbers: that is a broken engine, not odd pairs."""
-    if figures["not_finite"] <= max(3, NOT_FINITE_SHARE * figures["rows"]):
+def _mostly_no_numbers(figures: dict[str, Any], rows: int) -> str | None:
+    """A sentence where too many answers of a wave of `rows` are no numbers: a broken engine, not odd pairs."""
+    if figures["not_finite"] <= max(3, NOT_FINITE_SHARE * rows):
         return None
-    return f"{figures['not_finite']:,} of {figures['rows']:,} answers are not numbers"
+    return f"{figures['not_finite']:,} of {rows:,} answers are not numbers"
 
 
 class Drawing(Waves):

@@ -362,7 +362,8 @@ def test_a_stream_that_stays_asks_again_of_what_each_line_scored(spark: SparkSes
 
 def test_the_statement_that_forgets_what_is_in_doubt_reaches_sql_through_a_shell(root: str) -> None:
     night = Night.__new__(Night)
-    night.root, night._unlooked, night.run = root, ["w-1", "w-2"], runs.Run("r-1", "rescore", "running", datetime.now())
+    night.root, night._unlooked, night._unlooked_searches = root, ["w-1"], ["w-2"]
+    night.run = runs.Run("r-1", "rescore", "running", datetime.now())
     command = night._in_doubt().partition("to have those asked anew: sql ")[2].partition(", then rescore")[0]
     got = subprocess.run(["bash", "-c", f"printf '%s\n' {command}"], capture_output=True, text=True, check=True)
     assert got.stderr == ""
