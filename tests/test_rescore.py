@@ -369,8 +369,9 @@ def test_a_run_whose_time_is_over_before_its_first_wave_loads_no_engine(
     loaded: list[Night] = []
     monkeypatch.setattr(Night, "begin_loading", lambda night: loaded.append(night))
     monkeypatch.setattr(Night, "check_first_use", lambda night, _: loaded.append(night))
-    run = rescore(spark, root, scoring(), deadline=datetime.now() - timedelta(seconds=1))
-    assert (run.status, run.message, loaded) == ("stopped", f"the deadline {datetime.now():%H:%M} is reached", [])
+    over = datetime.now() - timedelta(seconds=1)
+    run = rescore(spark, root, scoring(), deadline=over)
+    assert (run.status, run.message, loaded) == ("stopped", f"the deadline {over:%H:%M} is reached", [])
     plan = Night.plan
 
     def until_late(night: Night, *of: Any) -> Any:
