@@ -19,13 +19,13 @@ COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: java setup ## the whole pipeline on a made-up catalogue, with a small real model
+demo: setup ## the whole pipeline on a made-up catalogue, with a small real model
 	./demo/run.sh
 
-test: java lint ## style, types and the tests that are quick; some ten minutes
+test: lint ## style, types and the tests that are quick; some ten minutes
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: java lint ## style, types and all tests; an hour and more
+test-all: lint ## style, types and all tests; an hour and more
 	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 lint: setup ## style and types

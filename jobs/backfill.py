@@ -30,7 +30,6 @@ from schemas import delta, runs
 from schemas.crash import crash
 from schemas.labels import LABELS
 from schemas.tables import PAIRS, SEGMENT_COLUMNS
-from udfs import adapter
 from udfs.score import Scoring
 
 JOB = "backfill"
@@ -83,8 +82,7 @@ def main(argv: list[str]) -> int:
             )
         runs.close_lost(spark, args.tables)
         runs.refuse_second(spark, args.tables, JOB, *what.regime)  # before the other model's run begins
-        adapter.refuse_chain_first(what.model.path)
-        models.refuse_foreign_prompt(spark, args.tables, what)
+        models.refuse_as_scorer(spark, args.tables, what)
         before = jobs.in_force(spark, args)
         run = backfill(spark, args.tables, before, chosen, False, args.retry_failed, args.max_refused, args.deadline)
         if exit_code(run):
@@ -159,8 +157,7 @@ def backfill(
 
     Raises ValueError, before any work, for a condition that is none, a foreign prompt, and a second run of its like.
     """
-    adapter.refuse_chain_first(what.model.path)
-    models.refuse_foreign_prompt(spark, root, what)
+    models.refuse_as_scorer(spark, root, what)
     chosen = chosen or Chosen()
     chosen.of(delta.read(spark, root, "pairs"))  # a wrong condition stops it here
     job = f"{JOB} --dry-run" if dry_run else JOB  # of its own: a real one may start beside it

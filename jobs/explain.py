@@ -23,7 +23,6 @@ from partitioner.waves import Drawing
 from schemas import delta, runs
 from schemas.labels import LABELS, NAMES
 from schemas.tables import EXPLANATIONS
-from udfs import adapter
 from udfs.answer import form
 from udfs.engine import Sampling
 from udfs.render import rendered
@@ -69,8 +68,7 @@ def explain(
 
     Raises ValueError for a query that cannot be run, and where none of the selected pairs can be explained.
     """
-    adapter.refuse_chain_first(what.model.path)
-    models.refuse_foreign_prompt(spark, root, what)
+    models.refuse_as_scorer(spark, root, what)
     made = form(what.model, what.prompt)
     asked = Sampling(max_tokens, made.end_ids, temperature=0.0)
     refuse_wrong_draw(asked, what)

@@ -34,7 +34,6 @@ from partitioner import measures, models, tiers
 from partitioner.waves import Waves
 from schemas import delta, runs
 from schemas.labels import LABELS, P_COLUMNS
-from udfs import adapter
 from udfs.render import rendered
 from udfs.score import Scoring
 
@@ -75,8 +74,7 @@ def probe(spark: SparkSession, root: str, what: Scoring, pairs: int = PAIRS) -> 
 
     Raises Unmet where this model and prompt call no pair Irrelevant.
     """
-    adapter.refuse_chain_first(what.model.path)
-    models.refuse_foreign_prompt(spark, root, what)
+    models.refuse_as_scorer(spark, root, what)
     probing = Probing(spark, root, what, runs.start(spark, root, JOB, what.model.model_id, what.prompt.prompt_id))
     with probing.at_work():
         found = probing.answers(pairs)

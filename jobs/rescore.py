@@ -28,7 +28,6 @@ from partitioner.night import Night
 from partitioner.waves import Stopped
 from schemas import delta, runs
 from schemas.crash import crash
-from udfs import adapter
 from udfs.score import Scoring
 
 MAX_REFUSED = 1000  # rows of a run
@@ -224,8 +223,7 @@ def opened_nights(
 ) -> list[Night]:
     """Nights whose runs have begun. Raises ValueError for a foreign prompt, and where their like is at work already."""
     for what in whats:
-        adapter.refuse_chain_first(what.model.path)
-        models.refuse_foreign_prompt(spark, root, what)
+        models.refuse_as_scorer(spark, root, what)
     if beside := whats[1:]:  # before a run begins; the first one's start looks for its own like
         runs.close_lost(spark, root)
         for what in beside:

@@ -192,6 +192,12 @@ def refuse_other_prompt(spark: SparkSession, root: str, what: Scoring) -> None:
         )
 
 
+def refuse_as_scorer(spark: SparkSession, root: str, what: Scoring) -> None:
+    """Raises ValueError where no scores are to be read off the model: taught chain first, or with another prompt."""
+    adapter.refuse_chain_first(what.model.path)
+    refuse_foreign_prompt(spark, root, what)
+
+
 def refuse_foreign_prompt(spark: SparkSession, root: str, what: Scoring) -> None:
     """Raises ValueError where the model was trained with another prompt; warns where it was trained with none."""
     known = row(spark, root, what.model.model_id)

@@ -391,6 +391,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
     answers = np.array([row.get("answers") or 0 for row in data])
     difficulty = Difficulty(np.nan_to_num(known, nan=0.5), settings.group, settings.seed, settings.uniform)
     is_read_off = form.order == "post"  # else a first token is no label, and the rates of samples stay
+    is_refreshed = is_read_off and not settings.uniform
     generated = 0  # tokens of answers, of all processes
 
     def refresh(model: Any) -> None:
@@ -410,13 +411,13 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
             generated = int(max((entry.get("generated_tokens", 0) for entry in state.log_history), default=0))
 
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.global_step % settings.refresh == 0 and is_read_off and not settings.uniform:
+            if state.global_step % settings.refresh == 0 and is_refreshed:
                 refresh(model)
                 if state.global_step == 0 and trainer.is_world_process_zero():
                     print(against_samples(difficulty.rates, known, answers), flush=True)
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if is_read_off and not settings.uniform:  # those that are drawn are as hard at the end as at the start
+            if is_refreshed:  # those that are drawn are as hard at the end as at the start
                 refresh(model)
                 state.log_history.append({"step": state.global_step, "p_gold_end": float(difficulty.rates.mean())})
 
@@ -449,7 +450,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
         trainer._log_metric("generated_tokens", float(generated))
         if is_read_off:
             trainer._log_metric("groups_without_spread", groups.without_spread / groups.drawn)
-        if is_read_off and not settings.uniform:
+        if is_refreshed:
             trainer._log_metric("p_gold", float(difficulty.rates.mean()))  # of all pairs, as last read
             trainer._log_metric("p_gold_drawn", float(difficulty.rates[[n for n, _ in groups.answers]].mean()))
         return output
