@@ -10,6 +10,7 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -146,7 +147,8 @@ class MortalEngine(FakeEngine):
 
 class PoisonedEngine(FakeEngine):
     """Dies, each time, at the prompts of poison.json in the folder `settings.model`, or hangs where there is a file
-    `hangs` too; where there is one `company` only behind another prompt. `deaths` there counts."""
+    `hangs` too; where there is one `company` only behind another prompt. `deaths` there counts. Where there is one
+    `nan`, all its answers are no numbers."""
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
@@ -161,7 +163,9 @@ class PoisonedEngine(FakeEngine):
     def answers(
         self, prompts: Iterator[Sequence[int] | None], label_ids: Sequence[int], ahead: int | None = None
     ) -> Iterator[Answer]:
-        yield from super().answers(self.tasted(prompts), label_ids, ahead)
+        for answer in super().answers(self.tasted(prompts), label_ids, ahead):
+            broken = (self.folder / "nan").exists()
+            yield replace(answer, logprobs=(math.nan,) * 4) if broken else answer
 
     def samples(
         self, prompts: Iterator[Sequence[int] | None], sampling: Sampling, ahead: int | None = None

@@ -349,6 +349,43 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("heals", [True, False])
+def test_a_search_whose_answers_are_no_numbers_is_made_again_with_fresh_engines(
+    spark: SparkSession, root: str, tmp_path: Path, heals: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kettles: list[Any] = [(f"k{i}", f"Steel kettle {i}", {}, f"Boils {i} cups.") for i in range(4)]
+    put(spark, root, kettles, queries := [f"kettle {i}" for i in range(4)])
+    what, broken = poisoned(tmp_path / "engine", kettles, [(0, queries[0])]), tmp_path / "engine" / "nan"
+    monkeypatch.setattr(waves.Waves, "least", 10**9)  # all in one shard
+    searched, drop = waves.Waves._searched, waves.Waves._drop
+    searches: list[str] = []
+
+    def breaks(night: Any, *rest: Any) -> Any:
+        if not searches:
+            broken.touch()
+        searches.append(rest[-1])
+        return searched(night, *rest)
+
+    def mends(night: Any, *rest: Any) -> None:
+        drop(night, *rest)
+        if heals:
+            broken.unlink()
+
+    monkeypatch.setattr(waves.Waves, "_searched", breaks)
+    monkeypatch.setattr(waves.Waves, "_drop", mends)
+    if not heals:
+        with pytest.raises(delta.GaveUp, match="of 16 answers are not numbers, with engines loaded anew too"):
+            rescore(spark, root, what)
+        assert not invariants.table(root, "label_probs")
+    else:
+        run = rescore(spark, root, what)
+        assert (run.counts["scored"], run.counts["refused"], run.counts["waves_dropped"]) == (15, 1, 1)
+        assert [r["outcome"] for r in invariants.table(root, "label_probs")].count("engine_failed") == 1
+    assert len(searches) == 2
+    assert not invariants.audit(root) + invariants.left(root)
+
+
+@pytest.mark.slow
 def test_a_stream_that_stays_asks_again_of_what_each_line_scored(spark: SparkSession, root: str) -> None:
     (night,) = job.opened_nights(spark, root, [scoring()], math.inf, None)
     for number in range(2):  # an hour lies between them
