@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
             "pair_id": row["pair_id"],
             "prompt": row["ids"],
             "chosen": lesson.form.target(row["label"], row["chosen_chain"]),
-            "rejected": lesson.form.target(row["rejected_label"], row["rejected_chain"]),
+            "rejected": lesson.form.target(row["rejected_label"], row["rejected_chain"] or None),  # a label alone
         }
         for row in rows.orderBy("ids", "pair_id", "chosen_sample", "rejected_sample").toArrow().to_pylist()
     ]

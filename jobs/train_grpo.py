@@ -28,7 +28,7 @@ def flags() -> jobs.Parser:
     """The flags of this job."""
     parser = jobs.parser(JOB, __doc__)
     train_sft.add_training_flags(parser, learning_rate=3e-5)
-    train_sft.add_batch_flag(parser)
+    train_sft.add_batch_flag(parser, "tokens of one sequence when pass rates are read")
     parser.add_argument("--steps", type=jobs.at_least(1), required=True, metavar="N", help="steps of the optimizer")
     parser.add_argument(
         "--groups", type=jobs.at_least(1), default=TrainSettings.groups, help="pairs in one step and process"
@@ -46,7 +46,7 @@ def flags() -> jobs.Parser:
         type=jobs.at_least(1),
         default=TrainSettings.refresh,
         metavar="R",
-        help="steps between readings of the pass rates",
+        help="steps between readings of the pass rates (label first; not with --sampling uniform)",
     )
     parser.add_argument("--sampling", choices=("difficulty", "uniform"), default="difficulty")
     parser.add_argument("--beta", type=jobs.number, default=0.02, help="weight of the KL term")
@@ -85,6 +85,9 @@ def main(argv: list[str]) -> int:
     if not data:
         raise ValueError(train_sft.no_pairs(args))
     known = sum(row["rate"] is not None for row in data)
+    if known and lesson.form.order == "pre" and not how.uniform:  # its rates are read nowhere else
+        print(f"{JOB}: {len(data) - known:,} pairs were not sampled, so are left out", flush=True)
+        data = [row for row in data if row["rate"] is not None]
     if not known and lesson.form.order == "pre" and not how.uniform:
         raise ValueError(
             f"{args.model} answers chain first, so pass rates come from its samples alone, and there are none; draw "

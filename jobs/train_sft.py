@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -32,7 +33,7 @@ from udfs.model import Model, inspect, weights_hash
 from udfs.prompt import Prompt
 from udfs.prompt import load as load_prompt
 from udfs.render import rendered
-from udfs.train import TrainSettings, draw, land, launch, leave
+from udfs.train import DATA, TrainSettings, data_hash, draw, land, launch, leave, tasks_have_gpus
 
 JOB = "train_sft"
 
@@ -86,11 +87,9 @@ def add_training_flags(parser: argparse.ArgumentParser, learning_rate: float) ->
     )
 
 
-def add_batch_flag(parser: argparse.ArgumentParser) -> None:
+def add_batch_flag(parser: argparse.ArgumentParser, help_: str = "tokens of one sequence") -> None:
     """Of the stages that lay rows out as forests of a set size."""
-    parser.add_argument(
-        "--batch-tokens", type=jobs.positive, default=TrainSettings.batch_tokens, help="tokens of one sequence"
-    )
+    parser.add_argument("--batch-tokens", type=jobs.positive, default=TrainSettings.batch_tokens, help=help_)
 
 
 def add_epoch_flags(parser: argparse.ArgumentParser, epochs: float) -> None:
@@ -106,9 +105,16 @@ def settings(args: argparse.Namespace, lesson: Lesson, stage: str, **more: Any) 
     names = {field.name for field in fields(TrainSettings)}
     flags = {name: value for name, value in vars(args).items() if name in names and value is not None}
     flags |= {"stage": stage, "base": lesson.base, "adapter": lesson.adapter, "out": str(Path(args.out).absolute())}
-    dtype = number_type(args.dtype, engines.on_cpu())
+    dtype = number_type(args.dtype, trains_on_cpu())
     flags["dtype"] = TrainSettings.dtype if dtype == "auto" else dtype
     return TrainSettings(**flags | more)
+
+
+def trains_on_cpu() -> bool:
+    """Whether neither this machine nor the cluster's tasks have a GPU, whatever engine is installed here."""
+    import torch
+
+    return not (torch.cuda.is_available() or tasks_have_gpus())
 
 
 def flags() -> jobs.Parser:
@@ -197,7 +203,31 @@ def opened(args: argparse.Namespace, job: str, order: str | None = None) -> tupl
         folder = models.registered(spark, args.tables, args.model)[0]
         lesson = read_lesson(folder, args, order)
         models.refuse_another(args.model, folder, lesson.parent)
+    refuse_seen(spark, args.tables, folder)
     return spark, lesson
+
+
+def refuse_seen(spark: SparkSession, root: str, folder: str | None) -> None:
+    """Raises ValueError where the model in `folder`, or one that it was made from, as far as their folders are there,
+    has learnt from a query that is held out now: what is made from it could not be reported on."""
+    looked_at: set[str] = set()
+    while folder is not None and folder not in looked_at:
+        looked_at.add(folder)
+        if (file := Path(folder) / DATA).is_file():
+            refuse_held_out(spark, root, file, "start from a model that has not")
+        parent = models.row(spark, root, str(adapter.recipe(folder).get("parent_id")))
+        folder = parent["path"] if parent else None
+
+
+def refuse_held_out(spark: SparkSession, root: str, file: Path, instead: str) -> None:
+    """Raises ValueError where the rows of a training are of queries that are held out now."""
+    seen = spark.createDataFrame(pq.read_table(file, columns=["pair_id"])).distinct()
+    learnt = delta.read(spark, root, "pairs").join(seen, "pair_id", how="left_semi")
+    if leaks := gold.leaked(spark, root, learnt):
+        raise ValueError(
+            f"{file.parent} has learnt from queries that are in dev or test now, such as {leaks[0]!r}; {instead}, or "
+            f"put them back into the train split of {root}/gold by an UPDATE (sql --help)"
+        )
 
 
 def of_source(args: argparse.Namespace) -> str:
@@ -215,7 +245,6 @@ def no_pairs(args: argparse.Namespace) -> str:
 
 def read_lesson(folder: str, args: argparse.Namespace, order: str | None = None) -> Lesson:
     """The parent in a folder and how it is asked. Raises ValueError with a sentence, before any work."""
-    recipe = adapter.recipe(folder)
     is_adapter = adapter.is_adapter(folder)
     if is_adapter and args.full:
         raise ValueError(f"{folder} is an adapter, which --full does not train on; leave --full away")
@@ -225,6 +254,12 @@ def read_lesson(folder: str, args: argparse.Namespace, order: str | None = None)
         )
         raise ValueError(f"--rank {args.rank}: {what}; leave --rank away")
     parent = inspect(models.whole_folder(folder))
+    if parent.architecture.endswith("ForConditionalGeneration"):
+        raise ValueError(
+            f"{folder} is a {parent.architecture}, which also takes images; a training takes decoders of text alone "
+            "(…ForCausalLM)"
+        )
+    recipe = adapter.recipe(folder if is_adapter else parent.path)  # of a URI its copy here
     base = models.base_folder(folder) if is_adapter else str(Path(parent.path).absolute())
     refuse_wrong_out(args.out, folder, base)
     source = args.prompt or parent.prompt_file
@@ -332,7 +367,11 @@ def train(
                 "data_hash": land(how, data, args.processes, parent=lesson.parent.weights_hash, base=lesson.base_hash),
                 "settings": {**how.recipe(), "processes": args.processes, **chosen_rows(args)},
             }
-            landed()
+            if recipe["data_hash"] == data_hash(data):
+                landed()
+            else:
+                refuse_held_out(spark, args.tables, Path(how.out) / DATA, "begin anew under another --out")
+                print(f"{job}: the tables hold other rows by now; it goes on with those it began with", flush=True)
             figures = launch(how, args.processes, not engines.is_local(spark), **more)
             shutil.copyfile(lesson.prompt_file, f"{how.out}/prompt.json")
             recipe |= {"metrics": figures}
@@ -342,7 +381,8 @@ def train(
             adapter.write_recipe(how.out, recipe | {"merged_hash": made.weights_hash})
             print(f"{job}: its log as charts: {draw(how.out)}")
             models.register(spark, args.tables, made, how.stage, how.out)
-    runs.finish(spark, args.tables, replace(run, counts={"trained": len(data)}), "done")
+    trained = pq.read_metadata(f"{how.out}/{DATA}").num_rows
+    runs.finish(spark, args.tables, replace(run, counts={"trained": trained}), "done")
     # One that reasons first has no label to read off.
     ask = ("score with it: rescore", "") if lesson.form.order == "post" else ("ask it: sample", " --split dev --n 1")
     print(f"{job}: made model {made.model_id}; {ask[0]} --tables {args.tables} --model {how.out}{ask[1]}")

@@ -76,7 +76,13 @@ def test_a_real_engine_samples_explains_and_teaches_through_the_commands(
     assert "18 pairs, 10 were there, 8 sampled" in run("sample", *words)
     assert {row["engine_loads"] for row in table(tables, "runs") if row["job"] == "sample"} == {1}
 
-    run("rescore")
+    newest = ("--order-by", "updated_at", "--limit", "7")
+    assert "the first-use check, a low guess" in run("backfill", *newest, "--dry-run")
+    assert "7 scored" in run("backfill", *newest)
+    assert "tokens/s (run " in run("backfill", "--dry-run")
+    assert "11 scored" in run("rescore")
+    assert "nothing to do, 18 pairs are scored" in run("backfill", "--dry-run")
+    assert {row["engine_loads"] for row in table(tables, "runs") if row["job"] == "backfill"} == {1}
     selected = ("--pairs", "SELECT pair_id FROM pairs WHERE query = 'kettle 1'", "--max-tokens", "12")
     assert "6 explained" in run("explain", *selected)
     probs = {row["pair_id"]: row for row in table(tables, "label_probs")}

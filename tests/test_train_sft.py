@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -93,8 +94,6 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     flags = ["--tables", root, "--model", base, "--out", str(out), "--epochs", "1", "--rank", "4", "--accumulate", "1"]
     assert train_sft.main(flags) == 0
     pairs = {r["pair_id"]: r["query"] for r in delta.read(spark, root, "pairs").collect()}
-    import pyarrow.parquet as pq
-
     seen = {pairs[i] for i in pq.read_table(out / "data.parquet")["pair_id"].to_pylist()}
     assert seen == {f"query {n}" for n in range(8)}
     (row,) = models(spark, root)
@@ -126,6 +125,7 @@ def test_sft_sees_train_pairs_alone_and_registers_an_adapter_that_rescore_takes(
     preferred = models(spark, root)[-1]
     assert (preferred["stage"], preferred["parent_id"]) == ("dpo", made.model_id)
     assert preferred["model_id"] != made.model_id
+    assert (preferred["config"]["rank"], "balance" in preferred["config"]) == ("4", False)
     grpo = ["--steps", "2", "--groups", "2", "--group", "3", "--max-tokens", "8", "--refresh", "1"]
     assert train_grpo.main([*onward, "--out", str(tmp_path / "grpo"), *grpo]) == 0
     last = models(spark, root)[-1]
@@ -160,6 +160,58 @@ def test_a_query_that_is_held_out_anywhere_stops_the_stage_before_it_begins(
 
 
 @pytest.mark.slow
+def test_a_killed_training_goes_on_with_its_own_rows_and_not_with_what_is_held_out_by_now(
+    spark: SparkSession,
+    root: str,
+    base: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told(root, tmp_path)
+    flags = ["--tables", root, "--epochs", "2", "--accumulate", "1", "--checkpoint-every", "1", "--labels-only"]
+    flags += ["--model", base, "--out", str(tmp_path / "sft")]
+    with monkeypatch.context() as patched:
+        patched.setattr(train_sft, "leave", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            train_sft.main(flags)
+    began = pq.read_table(tmp_path / "sft" / "data.parquet")
+    one = delta.read(spark, root, "pairs").where("query = 'query 1'").head()
+    assert one
+    mine = F.col("pair_id") == one["pair_id"]
+    delta.update(spark, root, "gold", mine, {"split": F.lit("test")})
+    with pytest.raises(ValueError, match="in dev or test now, such as 'query 1'; begin anew under another --out"):
+        train_sft.main(flags)
+    delta.update(spark, root, "gold", mine, {"split": F.lit("train"), "label": F.lit(4)})
+    assert train_sft.main(flags) == 0
+    assert "it goes on with those it began with" in capsys.readouterr().out
+    assert pq.read_table(tmp_path / "sft" / "data.parquet").equals(began)
+    with pytest.raises(ValueError, match="holds a training that differs in the rows"):
+        train_sft.main(flags)
+    # Nor does a later stage learn upon what is held out by now.
+    delta.update(spark, root, "gold", mine, {"split": F.lit("test")})
+    with pytest.raises(ValueError, match="in dev or test now, such as 'query 1'; start from a model that has not"):
+        train_sft.main([*flags, "--model", str(tmp_path / "sft"), "--out", str(tmp_path / "more")])
+
+
+def test_a_parent_is_what_its_recipe_says_also_where_it_is_named_by_a_uri(base: str, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "parent")
+    adapter.write_recipe(str(tmp_path / "parent"), {"order": "pre", "trained_on": ["raters"]})
+    for name in (str(tmp_path / "parent"), f"file://{tmp_path}/parent"):
+        args = train_sft.flags().parse_args(["--tables", "t", "--model", name, "--out", str(tmp_path / "out")])
+        lesson = train_sft.read_lesson(name, args)
+        assert (lesson.form.order, lesson.trained_on) == ("pre", ("raters",))
+        with pytest.raises(ValueError, match="was taught --order pre"):
+            train_sft.read_lesson(name, args, "post")
+    config = tmp_path / "parent" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"architectures": ["Gemma3ForConditionalGeneration"]})
+    )
+    with pytest.raises(ValueError, match="which also takes images"):
+        train_sft.read_lesson(str(tmp_path / "parent"), args)
+
+
+@pytest.mark.slow
 def test_without_chains_it_says_how_to_bring_them_and_teaches_labels_alone_where_asked(
     spark: SparkSession, root: str, base: str, tmp_path: Path
 ) -> None:
@@ -172,8 +224,6 @@ def test_without_chains_it_says_how_to_bring_them_and_teaches_labels_alone_where
         train_sft.main([*flags, "--labels-only", "--order", "pre"])
     told(root, tmp_path)
     assert train_sft.main([*flags, "--labels-only"]) == 0
-    import pyarrow.parquet as pq
-
     rows = pq.read_table(tmp_path / "sft" / "data.parquet").to_pylist()
     assert len(rows) == 8
     assert {len(row["answer"]) for row in rows} == {2}  # the label and the end
@@ -196,8 +246,6 @@ def test_each_label_that_raters_gave_is_taught_by_its_share(
     with pytest.raises(ValueError, match="it wants --labels-only"):
         train_sft.main([*flags, "--raters", "fractions"])
     assert train_sft.main([*flags, "--raters", "fractions", "--labels-only"]) == 0
-    import pyarrow.parquet as pq
-
     looked_at = inspect(base)
     answers = form(looked_at, load(looked_at.prompt_file or "", looked_at.tokenizer_json, looked_at.vocab_size))
     names = {row["pair_id"]: row["product_id"] for row in delta.read(spark, root, "pairs").collect()}
@@ -220,8 +268,6 @@ def test_a_limit_counts_the_pairs_that_can_be_learnt_from(
     taught(root, tmp_path, first=4)
     flags = ["--tables", root, "--model", base, "--epochs", "1", "--limit", "3", "--out"]
     assert train_sft.main([*flags, str(tmp_path / "sft")]) == 0
-    import pyarrow.parquet as pq
-
     assert pq.read_table(tmp_path / "sft" / "data.parquet").num_rows == 3
 
 
@@ -231,8 +277,6 @@ def test_a_judgement_teaches_as_much_as_it_counts(spark: SparkSession, root: str
     ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "pairs.jsonl", *rows))])
     flags = ["--tables", root, "--model", base, "--out", str(tmp_path / "sft"), "--epochs", "4", "--labels-only"]
     assert train_sft.main(flags) == 0
-    import pyarrow.parquet as pq
-
     assert sorted(pq.read_table(tmp_path / "sft" / "data.parquet")["weight"].to_pylist()) == [0.25, 1.0]
     more = pair(0, label=3, split="train", gold_weight=3)
     ingest.main(["--tables", root, "--pairs", str(jsonl(tmp_path / "more.jsonl", more)), "--source", "more"])

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from schemas.runs import Unmet
 from udfs.model import made_once, weights_hash
 
 CONFIG = "adapter_config.json"
@@ -140,6 +142,20 @@ def _merge_weights(adapter: Path, base: Path, target: Path) -> None:
         raise ValueError(f"adapter {adapter} changes {sorted(deltas)[0]}, which its base {base} does not have")
     for file in base.glob("*.safetensors.index.json"):
         shutil.copyfile(file, target / file.name)
+
+
+def refuse_unmergeable(base: str, modules: Iterable[str], fan_in_fan_out: bool) -> None:
+    """Raises ValueError, before a training, where an adapter on these modules of a base could not be merged with it."""
+    from safetensors import safe_open
+
+    there: set[str] = set()
+    for file in Path(base).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            there |= set(tensors.keys())
+    missing = sorted(f"{module}.weight" for module in modules if f"{module}.weight" not in there)
+    if missing or fan_in_fan_out:
+        what = f"keeps {missing[0]} under another name" if missing else "keeps its weights transposed (Conv1D)"
+        raise Unmet(f"{base} {what}, so an adapter could not be merged with it; train all weights: --full")
 
 
 def _scale(adapter: Path) -> float:

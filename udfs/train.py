@@ -40,6 +40,7 @@ LOG = "log.jsonl"  # one line a logged step
 TOLD_SECONDS = 20.0  # between two lines that people read
 LAST_STEPS = 10  # over which a training's figures are means
 COUNTED = ("step", "epoch", "generated_tokens", "num_tokens", "learning_rate")  # these say where it came to
+_GPUS_OF_DRIVER = "spark.driver.resource.gpu.amount"
 CHOSEN_NLL = 0.2  # weight of the chosen answers' own likelihood in DPO's loss
 
 
@@ -86,25 +87,46 @@ class TrainSettings:
     uniform: bool = False
 
     def recipe(self) -> dict[str, Any]:
-        """The settings without the folders, which are this machine's."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("base", "out", "adapter")}
+        """The settings that this stage knows, without the folders, which are this machine's."""
+        known = {
+            name: value for name, value in dataclasses.asdict(self).items() if name in (*_OF_ALL, *_OF[self.stage])
+        }
+        if self.stage == "dpo":
+            known["chosen_nll"] = CHOSEN_NLL
+        if self.adapter:
+            config = json.loads((Path(self.adapter) / adapter.CONFIG).read_text(encoding="utf-8"))
+            known["rank"] = config["r"]
+        elif self.full:
+            del known["rank"]
+        return known
+
+
+_OF_ALL = ("stage", "full", "rank", "learning_rate", "seed", "dtype", "gradient_checkpointing", "checkpoint_every")
+_OF = {
+    "sft": ("epochs", "accumulate", "batch_tokens", "label_weight", "balance"),
+    "dpo": ("epochs", "accumulate", "beta"),
+    "grpo": (
+        "batch_tokens", "beta", "steps", "groups", "group", "max_tokens", "generated_tokens", "refresh", "rewards",
+        "uniform",
+    ),
+}  # fmt: skip
 
 
 def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], processes: int = 1, **weights: str) -> str:
     """Writes the rows of a stage into its out folder; returns their hash.
 
     `processes`: each has its own share of a step's sequences and its own random state. `weights`: hashes of what is
-    trained on. Raises ValueError where the folder holds another training: its checkpoints would go on with other rows,
-    or with what was made from another parent.
+    trained on. A training that was killed goes on with the rows it began with, whatever the tables hold by now: then
+    nothing is written and the hash is theirs. Raises ValueError where the folder holds another training: its
+    checkpoints would go on from another parent, or it has ended with other rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    data_hash = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     plan: dict[str, Any] = json.loads(
         json.dumps(
             {
-                "data_hash": data_hash,
+                "data_hash": (own := data_hash(rows)),
                 "weights": weights,
                 "settings": {**dataclasses.asdict(settings), "processes": processes},
             }
@@ -115,44 +137,72 @@ def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], processes: int
         keys = {**was["settings"], **plan["settings"]}
         other = [key for key in keys if was["settings"].get(key) != plan["settings"].get(key)]
         other += ["the weights it starts from"] * (was.get("weights") != plan["weights"])
-        other += ["the rows"] * (was["data_hash"] != data_hash)
-        raise Unmet(f"--out {settings.out} holds a training that differs in {', '.join(other)}; name another folder")
+        if other or "merged_hash" in adapter.recipe(settings.out):  # that one has ended
+            other += ["the rows"] * (was["data_hash"] != own)
+            raise Unmet(
+                f"--out {settings.out} holds a training that differs in {', '.join(other)}; name another folder"
+            )
+        if _last_checkpoint(settings, processes):
+            return str(was["data_hash"])
     pq.write_table(pa.Table.from_pylist(list(rows)), f"{settings.out}/{DATA}")
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(plan, indent=2), encoding="utf-8")
     partial.rename(file)
-    return data_hash
+    return own
+
+
+def data_hash(rows: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 of the rows of a stage, in hex."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **more: Any) -> dict[str, float]:
     """Runs a stage in this process, or in `processes` of them, one a GPU; returns its last figures.
 
-    They run on this machine, or as tasks of the Spark cluster; then `out` must lie on a disk that all of them see.
+    They run on this machine, or as tasks of the Spark cluster; then `out` must lie on a disk that all of them see. One
+    process is a task too where the cluster's tasks have GPUs and this machine has none. Raises ValueError for more
+    processes than this machine's GPUs.
     """
-    if processes == 1:
+    of_tasks = tasks_have_gpus() if on_cluster else False
+    if processes == 1 and not (of_tasks and not _has_gpu()):
         # The trainer would want as many processes as there are GPUs.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         return stage(settings, **more)
     # The processes on this machine find this code where this one found it.
     code = str(Path(__file__).parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
-    import torch
     from pyspark.ml.torch.distributor import TorchDistributor
-
-    if not on_cluster:
-        distributor = TorchDistributor(processes, local_mode=True, use_gpu=torch.cuda.is_available())
-        return distributor.run(stage, settings, **more) or {}
     from pyspark.sql import SparkSession
 
     spark = SparkSession.active()
-    use_gpu = int(spark.sparkContext.getConf().get("spark.task.resource.gpu.amount", "0")) > 0
+    if not on_cluster:
+        gpus = int(spark.sparkContext.getConf().get(_GPUS_OF_DRIVER) or 0)
+        if (use_gpu := _has_gpu()) and processes > gpus:  # the distributor would start fewer
+            raise Unmet(
+                f"--processes {processes}: the driver was given {gpus} GPUs; say --processes {max(1, gpus)}, or give "
+                f"it more (--conf {_GPUS_OF_DRIVER}=N, and a spark.driver.resource.gpu.discoveryScript that names them)"
+            )
+        return TorchDistributor(processes, local_mode=True, use_gpu=use_gpu).run(stage, settings, **more) or {}
     # A task of a training says nothing until it is over; Spark would end it after half an hour.
     ends_idle = "spark.sql.execution.pyspark.udf.killOnIdleTimeout"
     spark.conf.set(ends_idle, "false")
     try:
-        return TorchDistributor(processes, local_mode=False, use_gpu=use_gpu).run(stage, settings, **more) or {}
+        return TorchDistributor(processes, local_mode=False, use_gpu=of_tasks).run(stage, settings, **more) or {}
     finally:
         spark.conf.unset(ends_idle)
+
+
+def tasks_have_gpus() -> bool:
+    """Whether each task of the running Spark application is given a GPU."""
+    from pyspark.sql import SparkSession
+
+    return float(SparkSession.active().sparkContext.getConf().get("spark.task.resource.gpu.amount") or 0) > 0
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def stage(settings: TrainSettings, **more: Any) -> dict[str, float]:
@@ -222,7 +272,7 @@ def policy(settings: TrainSettings) -> Any:
 
     if settings.adapter:
         return PeftModel.from_pretrained(model, settings.adapter, is_trainable=True, local_files_only=True)
-    return get_peft_model(
+    adapted = get_peft_model(
         model,
         LoraConfig(
             r=settings.rank,
@@ -231,6 +281,10 @@ def policy(settings: TrainSettings) -> Any:
             task_type="CAUSAL_LM",
         ),
     )
+    weights = (name.partition(".lora_A.") for name, _ in adapted.named_parameters())
+    modules = [name.removeprefix("base_model.model.") for name, half, _ in weights if half]
+    adapter.refuse_unmergeable(settings.base, modules, bool(adapted.peft_config["default"].fan_in_fan_out))
+    return adapted
 
 
 def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) -> dict[str, float]:
@@ -267,14 +321,14 @@ def sft(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
             labels, shares, is_label = labels[at], shares[at], is_label[at]
             logits = model(**inputs, use_cache=False, logits_to_keep=at).logits[0].float()
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            right = (logits.argmax(-1) == labels).float()
+            right, means = (logits.argmax(-1) == labels).float(), {}
             for name, values, some in (
                 ("label_loss", losses, is_label),
                 ("chain_loss", losses, ~is_label),
                 ("label_accuracy", right, is_label),
             ):
-                mean = (values * shares)[some].sum() / shares[some].sum()
-                self._metrics["train"][name].append(mean.item())
+                means[name] = (values * shares)[some].sum() / shares[some].sum()
+            _note(self, means)
             balanced = torch.ones_like(losses)
             balanced[is_label] = torch.tensor([weight_of[i] for i in labels[is_label].tolist()], device=losses.device)
             return (losses * balanced * shares).sum() / whole
@@ -347,12 +401,14 @@ def dpo(settings: TrainSettings, data: Sequence[dict[str, Any]]) -> dict[str, fl
             )
             chosen, rejected = settings.beta * gains[0::2], settings.beta * gains[1::2]
             nll = -torch.cat(policy_logps[0::2]).mean()
-            told = self._metrics["train"]
-            told["rewards/chosen"].append(chosen.mean().item())
-            told["rewards/rejected"].append(rejected.mean().item())
-            told["rewards/margins"].append((chosen - rejected).mean().item())
-            told["rewards/accuracies"].append((chosen > rejected).float().mean().item())
-            told["nll"].append(nll.item())
+            told = {
+                "rewards/chosen": chosen.mean(),
+                "rewards/rejected": rejected.mean(),
+                "rewards/margins": (chosen - rejected).mean(),
+                "rewards/accuracies": (chosen > rejected).float().mean(),
+                "nll": nll,
+            }
+            _note(self, told)
             return -torch.nn.functional.logsigmoid(chosen - rejected).mean() + CHOSEN_NLL * nll
 
     trainer = Trainer(
@@ -534,6 +590,15 @@ def rewards(form: Form) -> list[Any]:
     return [right, formed, agrees]
 
 
+def _note(trainer: Any, figures: dict[str, torch.Tensor]) -> None:
+    """Has a batch's figures logged, as their mean over all processes: the trainer would log the first one's own."""
+    import torch
+
+    means = trainer.accelerator.reduce(torch.stack(list(figures.values())).detach().float(), "mean")
+    for name, mean in zip(figures, means.tolist(), strict=True):
+        trainer._metrics["train"][name].append(mean)
+
+
 def _arguments(settings: TrainSettings) -> dict[str, Any]:
     """What the three trainers are told alike."""
     import torch
@@ -662,6 +727,7 @@ def _run(trainer: Any, settings: TrainSettings) -> dict[str, float]:
     if last and _at_its_end(settings, reached := TrainerState.load_from_json(f"{last}/trainer_state.json")):
         trainer._load_from_checkpoint(last)  # the trainer looks at its end after a step, and there is none to take
         trainer.state = reached
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     else:
         trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
