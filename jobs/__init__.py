@@ -66,6 +66,18 @@ def at_least(least: int) -> Callable[[str], int]:
 positive = at_least(1)
 
 
+def printable(text: str) -> str:
+    """Text from data as a terminal may be shown it: what would move its cursor or set its title, as \\xNN."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", text)
+
+
+def named(text: str) -> str:
+    """Type of a flag: a name, not a blank, as a variable of the shell that is not set leaves."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name one")
+    return text
+
+
 def number(text: str) -> float:
     """Type of a flag: a number that is no less than 0."""
     try:
@@ -114,6 +126,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     defaults = EngineSettings(model="")
     parser.add_argument(
         "--model",
+        type=named,
         required=model_required,
         metavar="M",
         help="demo, a model folder or its URI, a registered model_id, or active: the model of the thresholds in force",
@@ -121,7 +134,8 @@ def add_scoring_flags(parser: argparse.ArgumentParser, model_required: bool = Tr
     parser.add_argument(
         "--verify", default="quick", choices=("quick", "full"), help="full: each worker hashes the weights whole"
     )
-    parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the model's weights)")
+    told = "prompt.json (default: the one beside the model's weights)"
+    parser.add_argument("--prompt", type=named, metavar="FILE", help=told)
     parser.add_argument(
         "--dtype", default=defaults.dtype, choices=("auto", "bfloat16", "float16", "float32"),
         help="number type (default auto: the model's own, or float32 where this CPU has no instructions for bfloat16)",

@@ -175,11 +175,11 @@ def backfill(
                 fill.follow_pairs()
                 if retry_failed:
                     fill.retry_failed()
-                fill.fill()
+                message = fill.fill()
         except Stopped as stopped:
             print(f"{JOB}: {stopped}", flush=True)
             return fill.close("stopped", str(stopped))
-        done = fill.close()
+        done = fill.close(message=message)
     crash("finished")
     return done
 
@@ -191,13 +191,17 @@ class Backfill(Night):
     _taken = 0  # pairs that count against the limit
     _predicted: float | None = None  # engine seconds
 
-    def fill(self) -> None:
-        """Scores what is left, and again what changed meanwhile. Raises Stopped at the deadline."""
+    def fill(self) -> str | None:
+        """Scores what is left, and again what changed meanwhile; returns a sentence where that did not come to an end.
+        Raises Stopped at the deadline."""
         for number in range(PASSES):
             judged = self.judged()
             line = self.score(self.chosen_pairs(), f"{number:04d}", judged)
             if not line.prompts or self.chosen.limit or delta.version(self.spark, self.root, "pairs") == self._version:
-                return
+                return None
+        told = f"pairs changed again while they were scored, {PASSES} times over; what came last is for the next run"
+        print(f"{JOB}: {told}", flush=True)
+        return told
 
     def chosen_pairs(self) -> DataFrame:
         """Those that the operator chose."""

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     if intake.counts["refused_files"] and not intake.counts["read"]:
         refusal = refusal or "nothing was read: every file was refused, see quarantine"
     runs.finish(spark, args.tables, intake.counted(), "done", refusal)
-    print(*intake.told, *([f"{JOB}: {refusal}"] if refusal else []), sep="\n", flush=True)
+    print(*map(jobs.printable, [*intake.told, *([f"{JOB}: {refusal}"] if refusal else [])]), sep="\n", flush=True)
     return jobs.GATE_FAILED if refusal or (args.strict and intake.counts["quarantined"]) else jobs.DONE
 
 

@@ -32,6 +32,7 @@ from udfs.score import Scoring
 
 MAX_REFUSED = 1000  # rows of a run
 FOLLOWED_SECONDS = 20  # between two looks at which model is in force
+UNREAD = 15  # looks in a row that may fail
 JOB = "rescore"
 
 
@@ -78,7 +79,7 @@ def add_night_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retry-failed", action="store_true", help="ask again for pairs without probabilities")
     parser.add_argument(
         "--max-refused", type=jobs.positive, default=MAX_REFUSED, metavar="N",
-        help="stop after more rows without an answer",
+        help="stop after more rows without an answer; a stream that stays: within an hour",
     )  # fmt: skip
     parser.add_argument(
         "--deadline", type=next_time, metavar="HH:MM", help="begin no wave after it (this machine's time); exit code 5"
@@ -177,9 +178,11 @@ def _stream(night: Night, checkpoint: str, every: str | None, retry_failed: bool
         if retry_failed:
             night.with_candidates(Night.retry_failed)
         query = writer.start()
+        promoted, unread = False, 0
         try:
             while not query.awaitTermination(FOLLOWED_SECONDS):
-                promoted = follow and every and models.in_force(spark, root) != what.regime
+                if follow and every:
+                    promoted, unread = _promoted(spark, root, what, unread)
                 if (why := night.asked_to_stop()) or promoted:
                     with night.between:  # after the batch at work
                         night.ending = True
@@ -207,6 +210,18 @@ def _stream(night: Night, checkpoint: str, every: str | None, retry_failed: bool
         if not every:
             night.score_left()
     crash("streamed")
+
+
+def _promoted(spark: SparkSession, root: str, what: Scoring, unread: int) -> tuple[bool, int]:
+    """Whether another model than `what` is in force by now, and how often in a row that could not be read: `unread` and
+    this time. Raises what the storage says when that goes on for some minutes."""
+    try:
+        return models.in_force(spark, root) != what.regime, 0
+    except Exception as error:
+        if unread + 1 >= UNREAD:
+            raise
+        print(f"{JOB}: the model in force could not be read, it goes on ({runs.in_a_line(error)})", flush=True)
+        return False, unread + 1
 
 
 def closed_nights(first: Night, status: str = "done", message: str | None = None) -> runs.Run:

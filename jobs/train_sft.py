@@ -60,9 +60,11 @@ class Lesson:
 
 def add_training_flags(parser: argparse.ArgumentParser, learning_rate: float) -> None:
     """The flags that the three stages share."""
-    parser.add_argument("--model", required=True, metavar="M", help="the parent: demo-base, a folder, or a model_id")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder that is made")
-    parser.add_argument("--prompt", metavar="FILE", help="prompt.json (default: the one beside the parent's weights)")
+    told = "the parent: demo-base, a folder, or a model_id"
+    parser.add_argument("--model", type=jobs.named, required=True, metavar="M", help=told)
+    parser.add_argument("--out", type=jobs.named, required=True, metavar="DIR", help="folder that is made")
+    told = "prompt.json (default: the one beside the parent's weights)"
+    parser.add_argument("--prompt", type=jobs.named, metavar="FILE", help=told)
     parser.add_argument("--source", metavar="NAME", help="take the labels of this source of gold only")
     parser.add_argument(
         "--limit",

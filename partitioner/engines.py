@@ -188,7 +188,16 @@ def _profile(application: str, cpus: int, gpus: int) -> ResourceProfile:
 
 def _executors(spark: SparkSession) -> list[Any]:
     """What Spark tells of each living executor of a cluster."""
-    executors = spark.sparkContext._jsc.sc().statusStore().executorList(True)
+    return _listed(spark, living=True)
+
+
+def lost(spark: SparkSession) -> set[str]:
+    """Ids of the executors that have gone; of very many the last ones."""
+    return {str(executor.id()) for executor in _listed(spark, living=False) if not executor.isActive()}
+
+
+def _listed(spark: SparkSession, living: bool) -> list[Any]:
+    executors = spark.sparkContext._jsc.sc().statusStore().executorList(living)
     return [e for e in map(executors.apply, range(executors.size())) if e.id() != "driver"]
 
 

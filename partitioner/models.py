@@ -98,8 +98,11 @@ def whole_folder(folder: str) -> str:
             f"{folder} is an adapter, and workers fetch whole models only. Copy it to a folder of this machine, run "
             "any job with it, which merges it, and put its folder `merged` where the workers reach it"
         )
-    if not adapter.is_adapter(folder):
-        return folder
+    try:
+        if not adapter.is_adapter(folder):
+            return folder
+    except OSError as error:  # a folder that this user may not look into, a name that is too long
+        raise ValueError(f"--model {folder}: {error}") from error
     if Path(folder) == demo.model.demo_adapter():  # a checkout may be read-only
         return adapter.merge(folder, base_folder(folder), str(cache_folder() / "demo-tuned"))
     return adapter.merge(folder, base_folder(folder), str(Path(folder) / adapter.MERGED))

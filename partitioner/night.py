@@ -117,6 +117,7 @@ class Night(Waves):
                     if night is self:  # a candidate need not have judged all pairs
                         night.score_left(f"{name}-left")
                     night.look_at_gates()
+                    night._refused_before = night.run.counts.get("refused", 0)
                     night.run = replace(night.run, figures={k: v for k, v in night.run.figures.items() if k != ASKED})
 
             self.with_candidates(score)
@@ -375,7 +376,6 @@ class Night(Waves):
             tier_shift = self._shift(f"tiers_v{version.version}", {row["tier"]: row["count"] for row in tiered})
         pairs, old = (sum(row[name] for row in by_label) for name in ("pairs", "old"))
         noise = selfcheck.NOISE.get(self.run.dtype or "", 0.0)
-        most = self._allowed_refused if self.stays else self.max_refused
         looked = [
             (
                 "refused_share",
@@ -384,7 +384,13 @@ class Night(Waves):
                 "warn",
                 "of this run's rows have no label",
             ),
-            ("refused", float(refused), float(most), "fail", "rows without a label (--max-refused)"),
+            (
+                "refused",
+                float(refused),
+                float(self.max_refused + self._refused_before),
+                "fail",
+                "rows without a label (--max-refused)",
+            ),
             (
                 "candidates",
                 float(counts.get("candidates_failed", 0)),

@@ -165,7 +165,7 @@ class Waves(ABC):
         self._loading: Future[None] | None = None
         self._merging: tuple[str, dict[str, Any], Future[None]] | None = None
         self._told = time.monotonic()  # when the run's row was last written
-        self._allowed_refused = self.max_refused
+        self._refused_before = 0  # of a stream that stays, an hour ago: they count no more
         self._end: Exception | None = None  # why the run ends behind the wave at work
 
     def ask(self, rows: DataFrame) -> DataFrame:
@@ -186,6 +186,8 @@ class Waves(ABC):
         """Why no more work is to begin; None where it may."""
         if stop_asked.is_set():
             return "asked to end (SIGTERM)"
+        if self.run.run_id in runs.overtaken:
+            return "another driver took this one for dead, and has gone on with its work"
         if self.deadline and datetime.now() >= self.deadline:
             return f"the deadline {self.deadline:%H:%M} is reached"
         return None
@@ -336,7 +338,6 @@ class Waves(ABC):
         """
         at, done, began = 0, 0, time.monotonic()
         numbers = count()
-        self._allowed_refused = self.max_refused + (self.run.counts.get("refused", 0) if self.stays else 0)
         asked, searches = self._asked, self._searches
         with (
             ThreadPoolExecutor(2, "ask") as asker,
@@ -607,7 +608,7 @@ class Waves(ABC):
         forget = f"DELETE FROM delta.\\`{self.root}/label_probs\\` WHERE {theirs}"  # noqa: S608
         return (
             f" No canary rode in {len(unlooked):,} merged waves before it; to have those asked anew: "
-            f'sql --tables {self.root} "{forget}", then {self.run.job} once more.'
+            f'sql --tables {self.root} "{forget}", then backfill --tables {self.root} --model {self.run.model_id}.'
         )
 
     def _off(self, riders: DataFrame) -> tuple[str | None, int | None]:
@@ -663,7 +664,7 @@ class Waves(ABC):
         self._tally(figures)
         crash("told")
         self._drop_landed(wave_id)
-        if self.run.counts.get("refused", 0) > self._allowed_refused:
+        if self.run.counts.get("refused", 0) > self.max_refused + self._refused_before:
             raise TooManyRefused(
                 f"stopped: {self.run.counts['refused']:,} pairs were refused, more than --max-refused "
                 f"{self.max_refused:,}. What was judged is kept; column outcome of label_probs says why. Mend the "
@@ -681,11 +682,12 @@ class Waves(ABC):
 
         A worker that dies takes its shard's answers along, and Spark's next try of the task answers all of it with
         `engine_failed` and keeps a fresh engine. Here such shards are cut in halves, each a task of its own, until a
-        half lives or is one prompt; that one is asked twice. So a poisonous prompt costs about log2(rows) engines, a
-        death by chance two tasks, and a prompt that kills in company only is scored. On a cluster it runs beside the
-        waves, which need the other engines meanwhile. Few shards are searched at a time, so that prompts are found
-        early: where more dies than a few prompts can explain, or the time is over, what was found and what lives is
-        written, and the run ends behind it; the next start has so much less before it.
+        half lives or is one prompt; that one is asked twice, and once more where executors were lost meanwhile. So a
+        poisonous prompt costs about log2(rows) engines, a death by chance two tasks, and a prompt that kills in company
+        only is scored. On a cluster it runs beside the waves, which need the other engines meanwhile. Few shards are
+        searched at a time, so that prompts are found early: where more dies than a few prompts can explain, or the time
+        is over, what was found and what lives is written, and the run ends behind it; the next start has so much less
+        before it.
         """
         died = F.col("outcome") == "engine_failed"
         rows = sum(prefix.length(stretch) for stretch in suspects)
@@ -698,6 +700,7 @@ class Waves(ABC):
                 now, later = suspects[:few], suspects[few:]
                 pieces = dict(enumerate(half for stretch in now for half in prefix.halves(stretch)))
                 landed = delta.scratch(self.root, self.run.run_id, f"{wave_id}-{level}")
+                gone = engines.lost(self.spark)
                 # In local mode nothing but this keeps two pieces, and so two engines, from running side by side.
                 at_once = 1 if engines.is_local(self.spark) else len(pieces)
                 with engines.own_workers(self.spark, beside=True), self._asking():
@@ -708,6 +711,8 @@ class Waves(ABC):
                 asked = self.spark.read.schema(schema).parquet(files.literal(landed))
                 dead = prefix.stretches(asked.where(died))
                 alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
+                if engines.lost(self.spark) - gone:
+                    alone = []  # it may be the executors' end that took the engines along: those are asked once more
                 known = asked.where(~died | F.col("shard").isin(alone))
                 answered = known if answered is None else answered.unionByName(known)
                 suspects = [stretch for number, stretch in dead.items() if number not in alone] + later

@@ -219,10 +219,15 @@ def refuse_silent_loss(spark: SparkSession, root: str) -> None:
 
 
 def try_to_write(spark: SparkSession, root: str) -> None:
-    """Makes the folder and a file under it, and removes the file. Raises what the storage says."""
+    """Makes the folder and a file under it, and removes what it made. Raises what the storage says."""
     storage, file = storage_of(spark, f"{root.rstrip('/')}/_written")
+    made, folder = [file], file.getParent()
+    while folder is not None and not storage.exists(folder):
+        made.append(folder)
+        folder = folder.getParent()
     storage.create(file, True).close()
-    storage.delete(file, False)
+    for one in made:
+        storage.delete(one, False)
 
 
 def storage_of(spark: SparkSession, where: str) -> tuple[Any, Any]:
@@ -317,11 +322,15 @@ def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
         properties[entry._1()] = entry._2()
     for key, value in table.properties.items():
         # Delta drops properties that were set to their default; constraints and the change feed must be there.
-        if properties.get(key, value if key in ("delta.columnMapping.mode",) else "") != value:
-            if key.startswith("delta.constraints."):
-                mend = f"ALTER TABLE {where} ADD CONSTRAINT {key.removeprefix('delta.constraints.')} CHECK ({value})"
-            else:
-                mend = f"ALTER TABLE {where} SET TBLPROPERTIES ('{key}' = '{value}')"
+        has = properties.get(key, value if key in ("delta.columnMapping.mode",) else "")
+        if key.startswith("delta.constraints."):
+            # Delta writes a constraint that is added with a blank between all its words.
+            if "".join(has.split()) != "".join(value.split()):
+                alter, name = f"ALTER TABLE {where}", key.removeprefix("delta.constraints.")
+                mend = f"{alter} DROP CONSTRAINT IF EXISTS {name}, then {alter} ADD CONSTRAINT {name} CHECK ({value})"
+                differences.append(f"property {key} is not {value!r} ({mend})")
+        elif has != value:
+            mend = f"ALTER TABLE {where} SET TBLPROPERTIES ('{key}' = '{value}')"
             differences.append(f"property {key} is not {value!r} ({mend})")
     if (reader := snapshot.protocol().minReaderVersion()) > 1:
         differences.append(f"reader protocol is {reader}, wanted 1, for other readers ({anew})")

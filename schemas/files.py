@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 from pyspark.sql import types as T
 
@@ -172,7 +173,11 @@ def _local_listing(where: str) -> list[tuple[str, str | None]]:
         for name in sorted(name for name in names if not _hidden(name)):
             file = os.path.join(folder, name)
             reason = _irregular(file, os.path.realpath(path)) if os.path.exists(file) else "is a broken symbolic link"
-            found.append((file, reason or _partitioned(os.path.relpath(folder, path).split("/"))))
+            reason = reason or _partitioned(os.path.relpath(folder, path).split("/"))
+            said = file.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            if said != file and kind(name):  # Java cannot be told of it
+                reason = "has a name that is not UTF-8; rename it"
+            found.append((said, reason))
     return found
 
 
@@ -282,7 +287,7 @@ def _footer(spark: SparkSession, file: File) -> T.StructType:
         unpacked = sum(int(block.getTotalByteSize()) for block in meta.getBlocks())
         conf = spark._jsparkSession.sessionState().conf()
         converter = jvm.org.apache.spark.sql.execution.datasources.parquet.ParquetToSparkSchemaConverter(conf)
-        schema = converter.convert(meta.getFileMetaData().getSchema()).json()
+        columns = [_column(jvm, converter, one) for one in meta.getFileMetaData().getSchema().getFields()]
     finally:
         reader.close()
     if _bomb(file, unpacked):
@@ -290,4 +295,15 @@ def _footer(spark: SparkSession, file: File) -> T.StructType:
     # A thousand million rows of one value take no room at all; rows that differ do (ESCI's examples: 20 bytes each).
     if rows > max(_BOMB_ROWS, file.size):
         raise _Unfit(f"holds {rows:,} rows in {file.size:,} bytes, so they are all the same")
-    return T.StructType.fromJson(json.loads(schema))
+    return T.StructType(columns)
+
+
+def _column(jvm: Any, converter: Any, column: Any) -> T.StructField:
+    """A column of a Parquet file as Spark reads it; for a type that Spark does not know (nanoseconds, as pandas writes
+    them), a type that no field of ours may have, and the file's own word for it in `metadata`."""
+    alone = jvm.org.apache.parquet.schema.MessageType("one", jvm.java.util.Collections.singletonList(column))
+    try:
+        (field,) = T.StructType.fromJson(json.loads(converter.convert(alone).json()))
+    except (Py4JJavaError, PySparkException):
+        return T.StructField(column.getName(), T.CalendarIntervalType(), metadata={"parquet": column.toString()})
+    return field

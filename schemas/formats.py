@@ -120,7 +120,8 @@ def misfit(file: File, fields: Sequence[str], required: Sequence[str]) -> str | 
     for column in file.schema.fields:
         must = _fits(column.name, column.dataType) if column.name in fields else None
         if must:
-            return f"wrong type: column {column.name} is {column.dataType.simpleString()[:100]}, it must be {must}"
+            has = column.metadata.get("parquet") or column.dataType.simpleString()
+            return f"wrong type: column {column.name} is {has[:100]}, it must be {must}"
     return None
 
 
@@ -343,7 +344,9 @@ def csv_rows(
     """The rows of CSV files, each under its file's header; the headers and empty lines come as blank."""
     for _, lines in groupby(_raw_lines(batches), key=lambda line: line.file):
         header: list[str] | None = None
-        for line, cells, reason in _csv_cells(lines, delimiter):
+        drawn, passed = [0], 0  # bytes that were read, and those of the rows that came of them
+        for line, cells, reason in _csv_cells(_counted(lines, drawn), delimiter):
+            passed += line.size
             if cells is None:
                 yield line, None, reason
             elif header is None:
@@ -353,7 +356,7 @@ def csv_rows(
                 named = [name for name in header if name]  # a spreadsheet leaves empty columns behind the last one
                 if absent or len(set(named)) < len(named):
                     wrong = f"{', '.join(absent)} missing" if absent else "a name stands twice"
-                    rest = sum(other.size for other in lines)
+                    rest = drawn[0] + sum(other.size for other in lines) - passed
                     apart = "tabs" if delimiter == "\t" else "commas"
                     alone = f"; columns are separated by {apart}" if len(header) == 1 else ""
                     found = delimiter.join(header)[:200]
@@ -367,6 +370,12 @@ def csv_rows(
                 yield line, None, reason
             else:
                 yield line, {name: cell for name, cell in zip(header, cells, strict=True) if name}, None
+
+
+def _counted(lines: Iterator[Line], total: list[int]) -> Iterator[Line]:
+    for line in lines:
+        total[0] += line.size
+        yield line
 
 
 def _csv_cells(lines: Iterator[Line], delimiter: str) -> Iterator[tuple[Line, list[str] | None, str | None]]:

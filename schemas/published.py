@@ -74,11 +74,15 @@ def published_rows(spark: SparkSession, format: str, files: Mapping[str, Sequenc
 def _esci_rows(spark: SparkSession, examples: Sequence[File], products: Sequence[File]) -> DataFrame:
     of_example, of_product = ESCI_FILES.values()
     texts = reduce(DataFrame.unionByName, [columns(spark, group, of_product) for group in alike(products)])
-    product = texts.select("product_id", "product_locale", F.struct(*of_product[2:]).alias("product"))
+    product = texts.select(
+        "product_id", "product_locale", F.struct(*of_product[2:]).alias("product"), F.col("size").alias("product_size")
+    )
     asked = reduce(DataFrame.unionByName, [columns(spark, group, of_example) for group in alike(examples)])
     joined = asked.withColumn("ignored", F.lit(None).cast("array<string>")).join(
         product, ["product_id", "product_locale"], how="left"
     )
+    # A row is both: of a product that is too large only the beginning came along.
+    joined = joined.withColumn("size", F.col("size") + F.coalesce("product_size", F.lit(0))).drop("product_size")
     return judged(joined, _esci_records, PAIRS)
 
 

@@ -61,6 +61,7 @@ class Run:
     finished_at: datetime | None = None
 
 
+overtaken: set[str] = set()  # runs of this process that another driver closed as lost: it slept too long
 last: Run | None = None  # the newest run of this process, for the line that a job ends with
 
 
@@ -186,8 +187,8 @@ def table(spark: SparkSession, root: str, version: int | None = None) -> DataFra
 
 
 def write(spark: SparkSession, root: str, run: Run) -> None:
-    """Writes the row as it is now."""
-    _put(spark, root, run)
+    """Writes the row as it is now; one that was closed as lost stays so."""
+    _put(spark, root, run, "old.status <> 'lost'")
 
 
 def close_lost(spark: SparkSession, root: str) -> list[str]:
@@ -302,6 +303,10 @@ class Lease:
         def renew() -> None:
             while not ended.wait(RENEWED_SECONDS):
                 try:
+                    if not self._storage.exists(self._path):  # closed as lost by another driver, or given up just now
+                        if not ended.is_set():
+                            overtaken.add(os.path.basename(self._file).removesuffix(".json"))
+                        return
                     self._sign()
                 except Exception as error:  # the run goes on; at worst another one takes it for lost
                     print(f"runs: the lease {self._file} was not renewed ({error!r})", flush=True)

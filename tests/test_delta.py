@@ -99,6 +99,24 @@ def test_a_table_that_does_not_fit_is_an_error_that_says_what_differs(spark: Spa
     assert "ADD CONSTRAINT label_range CHECK (label BETWEEN 1 AND 4)" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(tables.TABLES))
+def test_the_sentences_that_mend_a_constraint_mend_it(spark: SparkSession, root: str, name: str) -> None:
+    """Whether it is missing or another one has its name: Delta writes what is added with other blanks."""
+    table, where = tables.TABLES[name], f"delta.`{root}/{name}`"
+    for number, check in enumerate(table.checks):
+        spark.sql(f"ALTER TABLE {where} DROP CONSTRAINT {check}")
+        if number % 2:
+            spark.sql(f"ALTER TABLE {where} ADD CONSTRAINT {check} CHECK (1 = 1)")
+    found = delta.misfits(spark, root, table)
+    assert len(found) == len(table.checks)
+    for sentence in found:
+        _, _, mend = sentence.partition(" (ALTER")
+        for statement in f"ALTER{mend[:-1]}".split(", then "):
+            spark.sql(statement)
+    assert not delta.misfits(spark, root, table)
+
+
 def test_the_sentence_that_mends_a_missing_column_mends_it(spark: SparkSession, tmp_path: Path) -> None:
     root = str(tmp_path / "older")
     columns = tuple(c for c in tables.MODELS.columns if c.name not in ("metrics", "created_at"))

@@ -349,6 +349,30 @@ def test_pairs_that_kill_the_engine_get_a_row_and_all_others_are_scored(
 
 
 @pytest.mark.slow
+def test_a_pair_that_was_alone_when_executors_were_lost_is_asked_once_more(
+    spark: SparkSession, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that go one after the other look as an engine that dies twice of its only prompt."""
+    kettles: list[Any] = [("k0", "Steel kettle", {}, "Boils water.")]
+    put(spark, root, kettles, queries := ["kettle 0", "kettle 1"])
+    what = poisoned(tmp_path / "engine", kettles, [(0, queries[0])])
+    asked: list[int] = []
+
+    def lost(_: Any) -> set[str]:
+        """Looked at before and behind each level: one goes in the first, and with it what made the engine die."""
+        asked.append(len(asked))
+        if len(asked) == 2:
+            (tmp_path / "engine" / "poison.json").write_text("[]")
+        return {"1"} if len(asked) > 1 else set()
+
+    monkeypatch.setattr(engines, "lost", lost)
+    run = rescore(spark, root, what)
+    assert (run.counts["scored"], run.counts["refused"]) == (2, 0)
+    assert len(asked) == 4
+    assert not invariants.audit(root, MODEL)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("heals", [True, False])
 def test_a_search_whose_answers_are_no_numbers_is_made_again_with_fresh_engines(
     spark: SparkSession, root: str, tmp_path: Path, heals: bool, monkeypatch: pytest.MonkeyPatch
@@ -400,8 +424,8 @@ def test_a_stream_that_stays_asks_again_of_what_each_line_scored(spark: SparkSes
 def test_the_statement_that_forgets_what_is_in_doubt_reaches_sql_through_a_shell(root: str) -> None:
     night = Night.__new__(Night)
     night.root, night._unlooked, night._unlooked_searches = root, ["w-1"], ["w-2"]
-    night.run = runs.Run("r-1", "rescore", "running", datetime.now())
-    command = night._in_doubt().partition("to have those asked anew: sql ")[2].partition(", then rescore")[0]
+    night.run = runs.Run("r-1", "rescore", "running", datetime.now(), model_id="m")
+    command = night._in_doubt().partition("to have those asked anew: sql ")[2].partition(", then backfill")[0]
     got = subprocess.run(["bash", "-c", f"printf '%s\n' {command}"], capture_output=True, text=True, check=True)
     assert got.stderr == ""
     forget = f"DELETE FROM delta.`{root}/label_probs` WHERE run_id = 'r-1' AND wave_id IN ('w-1', 'w-2')"

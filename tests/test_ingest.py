@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -343,11 +344,13 @@ def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_alon
     (folder / "b.csv").write_text("query;product_id;title\nq;1;t\n")
     (folder / "c.csv").write_text("query,product_id,title,title\nq,1,t,t\n")
     (folder / "d.csv").write_text("query,product_id,title,,\nq,8,from a spreadsheet,,\n")
+    (folder / "e.csv").write_text('query,product_id,"title\nq,1,t\nq,2,t')  # its header is never closed
     (folder / "empty.csv").write_text("")
     assert take("--pairs", folder) == 0
     titles = {k[0]: r["title"] for k, r in stored(spark, root).items()}
     assert titles == {"1": 'two\r\nlines, "quoted"', "6": "fine", "7": "fine, too", "8": "from a spreadsheet"}
     found = reasons(spark, root)
+    assert found.pop(("e.csv", 1)).startswith("broken CSV: ")
     assert found.pop(("a.csv", 8)).startswith("broken CSV: ")
     assert found.pop(("a.csv", 11)).startswith("broken CSV: ")
     assert found.pop(("a.csv", 13)).startswith("broken CSV: ")
@@ -359,10 +362,11 @@ def test_csv_is_read_by_bytes_and_a_broken_row_does_not_take_its_neighbours_alon
         ("b.csv", 1): "refused file: wrong columns: query, product_id, title missing in the header "
         "'query;product_id;title'; columns are separated by commas",
         ("c.csv", 1): "refused file: wrong columns: a name stands twice in the header 'query,product_id,title,title'",
+        ("e.csv", 2): "refused file: wrong columns: query, product_id, title missing in the header 'q,1,t'",
     }
     (run,) = delta.read(spark, root, "runs").collect()
     assert {name: run["counts"][name] for name in ("read", "accepted", "refused_files")} == {
-        "read": 11, "accepted": 4, "refused_files": 2
+        "read": 12, "accepted": 4, "refused_files": 3
     }  # fmt: skip
     capsys.readouterr()
     assert take("--pairs", folder / "b.csv") == 3  # nothing of it could be read
@@ -381,6 +385,9 @@ def test_an_unfit_parquet_file_is_refused_as_a_whole_and_the_others_go_on(
     parquet(folder / "nested.parquet", [pair(4, attributes={"a": {"b": "c"}})], attributes=pa.struct(
         [("a", pa.struct([("b", pa.string())]))]
     ))  # fmt: skip
+    then = datetime(2026, 11, 29, tzinfo=UTC)  # pandas writes nanoseconds, which Spark does not know
+    parquet(folder / "pandas.parquet", [pair(3, created_at=then)], created_at=pa.timestamp("ns"))
+    parquet(folder / "when.parquet", [pair(3) | {"title": then}], title=pa.timestamp("ns"))
     parquet(folder / "untitled.parquet", [{"query": "q", "product_id": "1"}])
     parquet(folder / "twice.parquet", [pair(5) | {"Title": "t"}])
     (folder / "truncated.parquet").write_bytes(whole[:-20])
@@ -401,7 +408,7 @@ def test_an_unfit_parquet_file_is_refused_as_a_whole_and_the_others_go_on(
     parquet(folder / "large.parquet", [pair(n, description="d" * 10_000_000) for n in (20, 21)])
 
     assert take("--pairs", folder) == 0
-    assert {k[0] for k in stored(spark, root)} == {"p1", "p2", "8"}
+    assert {k[0] for k in stored(spark, root)} == {"p1", "p2", "p3", "8"}
     found = reasons(spark, root)
     assert [found.pop(("large.parquet", n)).partition(":")[0] for n in (1, 2)] == ["too large"] * 2
     large = delta.read(spark, root, "quarantine").where("reason LIKE 'too large%'").select("row").collect()
@@ -421,6 +428,7 @@ def test_an_unfit_parquet_file_is_refused_as_a_whole_and_the_others_go_on(
         "number.parquet": "wrong type: column product_id is bigint, it must be string",
         "nested.parquet": "wrong type: column attributes is struct<a:struct<b:string>>, it must be "
         "map<string,string> or a struct of strings",
+        "when.parquet": "wrong type: column title is optional int64 title (TIMESTAMP(NANOS,false)), it must be string",
         "untitled.parquet": "wrong columns: title missing, there are: query, product_id",
         "twice.parquet": "wrong columns: two names differ only in upper and lower case",
         "in.parquet.gz": "Parquet is compressed inside; decompress the file first",
@@ -453,12 +461,15 @@ def test_bombs_pipes_devices_and_links_out_of_the_folder_are_refused_and_the_goo
     jsonl(folder / "long.jsonl", pair(2), b"x" * (33 << 20), pair(3))
     (folder / "notes.txt").write_text("not for us")
     jsonl(folder / ".hidden.jsonl", pair(68))
+    latin = os.fsencode(folder) + b"/caf\xe9"
+    for ending in (b".jsonl", b".txt"):
+        Path(os.fsdecode(latin + ending)).write_text(json.dumps(pair(71)))
     jsonl(folder / "_temporary.jsonl", pair(69))
     (folder / "2026" / "split=test").mkdir(parents=True)
     jsonl(folder / "2026" / "split=test" / "part.jsonl", pair(70))
 
     assert take("--pairs", folder) == 0
-    assert "1 files of another kind were passed over: notes.txt" in capsys.readouterr().out
+    assert r"2 files of another kind were passed over: caf\xe9.txt, notes.txt" in capsys.readouterr().out
     assert {k[0] for k in stored(spark, root)} == {"p1", "p2", "p3"}
     found = reasons(spark, root)
     assert found.pop(("long.jsonl", 2), "too large").startswith("too large")  # the part of it that a block holds
@@ -468,6 +479,7 @@ def test_bombs_pipes_devices_and_links_out_of_the_folder_are_refused_and_the_goo
     assert why.pop("bomb.jsonl.gz").startswith("decompresses to over 200 times its ")
     assert why.pop("pipe.jsonl").startswith("is no regular file")
     assert why.pop("gone.jsonl") == "is a broken symbolic link"
+    assert why.pop(r"caf\xe9.jsonl") == "has a name that is not UTF-8; rename it"
     assert why.pop("folder") == "is a symbolic link to a folder"
     assert why.pop("part.jsonl").startswith("lies in the partition folder split=test")
     assert why.pop("long.jsonl").endswith("of it were not read: it has a line of more than 33,554,432 bytes")
@@ -755,6 +767,7 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
         esci_example(6, "laptop", "B1", "X"),
         esci_example(7, "laptop", "B4", "E"),
         esci_example(8, "usb hub", "B1", "S") | {"product_locale": "jp"},  # what is held out in one market is in all
+        esci_example(9, "laptop", "B6", "E"),
     ]
     products = [
         esci_product(
@@ -764,6 +777,7 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
         esci_product("B3", "Bag"),
         esci_product("B4", None),
         esci_product("B5", "asked for by nobody"),
+        esci_product("B6", "Large", description="d" * 9_000_000),
         esci_product("B1", "ハブ") | {"product_locale": "jp"},
     ]
     folder = esci_files(tmp_path / "esci", examples, products)
@@ -786,8 +800,9 @@ def test_esci_is_read_as_published_with_the_papers_order_of_labels(
         (name, 5): "missing: the products file has no product of this product_id and locale",
         (name, 6): "label: 'X' is none of E, S, C, I",
         (name, 7): "missing: title",
+        (name, 9): "too large: 9,000,025 bytes, a row may have 8,388,608",
     }
-    assert counts(spark, root)["read"] == 8
+    assert counts(spark, root)["read"] == 9
 
 
 @pytest.mark.slow

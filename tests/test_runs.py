@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pyspark.sql import SparkSession
 
+from partitioner.night import Night
 from schemas import delta, runs
 from tests import invariants
 
@@ -94,6 +95,29 @@ def test_a_run_of_another_machine_is_waited_for_until_it_shows_whether_it_lives(
     }
     runs.finish(spark, root, second, "done")
     assert not invariants.left(root)
+
+
+def test_a_run_that_was_closed_as_lost_beside_its_driver_stays_so_and_its_driver_is_told(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where its machine slept so long that another driver took it for dead."""
+    monkeypatch.setattr(runs, "RENEWED_SECONDS", 0.05)
+    run = runs.start(spark, root, "rescore", "m", "p")
+    lease = Path(root) / "_leases" / f"{run.run_id}.json"
+    lease.unlink()
+    until = time.monotonic() + 20
+    while run.run_id not in runs.overtaken:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert not lease.exists()
+    assert runs.close_lost(spark, root) == [run.run_id]
+    runs.write(spark, root, run)
+    runs.finish(spark, root, run, "done")
+    (row,) = runs.table(spark, root).collect()
+    assert row["status"] == "lost"
+    night = Night.__new__(Night)
+    night.run = run
+    assert "another driver took this one for dead" in (night.asked_to_stop() or "")
 
 
 def test_a_second_driver_is_refused_where_neither_would_see_the_others_commits(

@@ -73,6 +73,13 @@ def inspect(where: str, whole: bool = False) -> Model:
     whole: read all weights, also where they were hashed before and look the same. Raises ValueError with a sentence for
     every folder that could not be scored with or would run code of its own.
     """
+    try:
+        return _inspected(where, whole)
+    except OSError as error:
+        raise ValueError(f"model folder {where!r} cannot be read by user {os.getuid()}: {error}") from error
+
+
+def _inspected(where: str, whole: bool) -> Model:
     path = Path(fetched(where))
     if not path.is_dir():
         raise ValueError(
