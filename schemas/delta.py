@@ -328,6 +328,7 @@ def misfits(spark: SparkSession, root: str, table: Table) -> list[str]:
             if "".join(has.split()) != "".join(value.split()):
                 alter, name = f"ALTER TABLE {where}", key.removeprefix("delta.constraints.")
                 mend = f"{alter} DROP CONSTRAINT IF EXISTS {name}, then {alter} ADD CONSTRAINT {name} CHECK ({value})"
+                mend = anew if "->" in value else mend  # which becomes "- >", and no SQL
                 differences.append(f"property {key} is not {value!r} ({mend})")
         elif has != value:
             mend = f"ALTER TABLE {where} SET TBLPROPERTIES ('{key}' = '{value}')"

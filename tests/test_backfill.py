@@ -277,3 +277,24 @@ def test_of_two_runs_that_looked_at_the_same_moment_the_one_whose_row_came_secon
         runs._lease(spark, root, name).give_up()
     assert sorted(runs.close_lost(spark, root)) == ["a", "z"]
     assert {row["status"] for row in delta.read(spark, root, "runs").collect()} == {"lost"}
+
+
+@pytest.mark.slow
+def test_a_backfill_that_pairs_outrun_says_so(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(spark, root, PRODUCTS)
+    score, turns = Night.score, iter(range(9))
+
+    def outrun(night: Night, *rest: Any) -> Any:
+        done = score(night, *rest)
+        put(spark, root, [("k9", f"Kettle {next(turns)}", {}, None)])
+        return done
+
+    monkeypatch.setattr(Night, "score", outrun)
+    run = backfill(spark, root, scoring())
+    assert (run.status, run.counts["scored"]) == ("done", 20)
+    assert next(turns) == 3
+    told = "pairs changed again while they were scored, 3 times over; what came last is for the next run"
+    assert run.message == told
+    assert told in capsys.readouterr().out

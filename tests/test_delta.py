@@ -110,11 +110,13 @@ def test_the_sentences_that_mend_a_constraint_mend_it(spark: SparkSession, root:
             spark.sql(f"ALTER TABLE {where} ADD CONSTRAINT {check} CHECK (1 = 1)")
     found = delta.misfits(spark, root, table)
     assert len(found) == len(table.checks)
-    for sentence in found:
+    anew = [sentence for sentence in found if "->" in sentence]  # Delta's ALTER TABLE cannot add these
+    assert all("(move the folder of" in sentence for sentence in anew)
+    for sentence in set(found) - set(anew):
         _, _, mend = sentence.partition(" (ALTER")
         for statement in f"ALTER{mend[:-1]}".split(", then "):
             spark.sql(statement)
-    assert not delta.misfits(spark, root, table)
+    assert delta.misfits(spark, root, table) == anew
 
 
 def test_the_sentence_that_mends_a_missing_column_mends_it(spark: SparkSession, tmp_path: Path) -> None:

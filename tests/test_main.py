@@ -189,6 +189,12 @@ def test_no_job_begins_behind_one_that_was_told_to_end_and_a_deadline_is_of_the_
     assert json.loads(read.out.splitlines()[-1]) == last
 
 
+@pytest.mark.parametrize("words", [["--model", ""], ["--model", "m", "--prompt", " "]])
+def test_a_name_that_is_empty_as_a_variable_that_is_not_set_is_refused(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="it is empty; name one"):
+        rescore.flags().parse_args(["--tables", "t", *words])
+
+
 def test_a_task_that_fails_four_times_of_what_its_worker_says_is_given_up(
     spark: SparkSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

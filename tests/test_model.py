@@ -260,6 +260,11 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
             inspect(name)
 
 
+def test_a_folder_that_cannot_be_looked_into_is_a_sentence_too() -> None:
+    with pytest.raises(ValueError, match=r"cannot be read by user \d+: .*File name too long"):
+        inspect("x" * 300)
+
+
 def test_links_within_the_folder_are_let_through_and_endless_ones_do_no_harm(folder: Path) -> None:
     (folder / "copy.json").symlink_to("config.json")
     loop(folder)

@@ -450,6 +450,43 @@ def test_a_job_that_is_told_to_end_merges_its_wave_exits_with_5_and_the_next_sta
     assert probs(spark, root).count() == 160
 
 
+def test_a_look_at_the_model_in_force_may_fail_some_times_in_a_row(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: Any) -> None:
+        raise OSError("503 Slow Down")
+
+    monkeypatch.setattr(models, "in_force", unreachable)
+    for before in range(job.UNREAD - 1):
+        assert job._promoted(spark, root, scoring(), before) == (False, before + 1)
+    assert "it goes on (503 Slow Down)" in capsys.readouterr().out
+    with pytest.raises(OSError, match="503"):
+        job._promoted(spark, root, scoring(), job.UNREAD - 1)
+    monkeypatch.setattr(models, "in_force", lambda *_: ("another", "prompt"))
+    assert job._promoted(spark, root, scoring(), 3) == (True, 0)
+
+
+@pytest.mark.slow
+def test_refused_rows_of_a_stream_that_stays_count_for_an_hour(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (night,) = job.opened_nights(spark, root, [scoring(max_model_len=150)], 3, None)
+    night.stays = True
+
+    def come(number: int) -> None:
+        put(spark, root, [(f"long{number}", "Kettle", {}, "xyzzy qwert " * 60)], ["one", "two"])
+        changed = delta.read(spark, root, "pairs").where(F.col("product_id") == f"long{number}")
+        night._batch(changed.withColumn("_change_type", F.lit("insert")).localCheckpoint(), f"{number}")
+
+    monkeypatch.setattr(nights, "GATES_SECONDS", 0.0)  # an hour is over
+    come(0)
+    monkeypatch.setattr(nights, "GATES_SECONDS", 3600.0)
+    come(1)
+    with pytest.raises(waves.TooManyRefused, match="more than --max-refused 3"):
+        come(2)
+    runs.fail(spark, root, night.run, RuntimeError("ended"))
+
+
 @pytest.mark.slow
 def test_a_prompt_that_is_too_long_gets_a_row_without_probabilities_and_too_many_stop_the_run(
     spark: SparkSession, root: str
