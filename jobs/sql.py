@@ -60,7 +60,9 @@ def _ask(spark: SparkSession, root: str, statement: str, rows: int, width: int) 
         writes = _writes(spark, statement)
         if writes:
             delta.refuse_silent_loss(spark, root)
-            runs.refuse_second_driver(spark, root)
+            if delta.log_store(spark, root):
+                runs.close_lost(spark, root)
+                runs.refuse_second_driver(spark, root)
         with delta.alone(spark, root) if writes else nullcontext():
             asked: Any = spark.sql(statement)  # what changes a table does so at once; a query is answered below
         print(jobs.printable(asked._jdf.showString(rows, width, False)))

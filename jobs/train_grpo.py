@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     if not data:
         raise ValueError(train_sft.no_pairs(args))
     known = sum(row["rate"] is not None for row in data)
-    if known and lesson.form.order == "pre" and not how.uniform:  # its rates are read nowhere else
+    if 0 < known < len(data) and lesson.form.order == "pre" and not how.uniform:  # its rates are read nowhere else
         print(f"{JOB}: {len(data) - known:,} pairs were not sampled, so are left out", flush=True)
         data = [row for row in data if row["rate"] is not None]
     if not known and lesson.form.order == "pre" and not how.uniform:
