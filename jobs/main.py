@@ -141,6 +141,8 @@ def ended(job: str, flags: list[str]) -> tuple[int, str | None]:
         return (GAVE_UP if given_up else FAILED), text
     except GaveUp as error:
         return GAVE_UP, str(error)
+    except waves.Stopped as stopped:
+        return STOPPED, str(stopped)
     except waves.TooManyRefused as error:
         return GATE_FAILED, str(error)
     except RuntimeError as error:

@@ -76,7 +76,9 @@ def _ask(spark: SparkSession, root: str, statement: str, rows: int, width: int) 
 def _writes(spark: SparkSession, statement: str) -> bool:
     """Whether a statement may change something; queries, and what tells of tables and plans, do not."""
     plan: Any = spark._jsparkSession.sessionState().sqlParser().parsePlan(statement)
-    if re.search("InsertInto|DeleteFrom|UpdateTable|MergeInto", plan.toString()):  # also behind a WITH
+    if re.search(
+        "InsertInto|DeleteFrom|UpdateTable|MergeInto|RestoreTable|CloneTable|ExecuteImmediate", plan.toString()
+    ):  # also behind a WITH
         return True
     if re.match("Explain|Describe|Show", plan.getClass().getSimpleName()):
         return False

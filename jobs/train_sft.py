@@ -33,7 +33,7 @@ from udfs.model import Model, inspect, weights_hash
 from udfs.prompt import Prompt
 from udfs.prompt import load as load_prompt
 from udfs.render import rendered
-from udfs.train import DATA, TrainSettings, data_hash, draw, land, launch, leave, tasks_have_gpus
+from udfs.train import DATA, TrainSettings, data_hash, draw, gpus_of_a_task, land, launch, leave
 
 JOB = "train_sft"
 
@@ -116,7 +116,7 @@ def trains_on_cpu() -> bool:
     """Whether neither this machine nor the cluster's tasks have a GPU, whatever engine is installed here."""
     import torch
 
-    return not (torch.cuda.is_available() or tasks_have_gpus())
+    return not (torch.cuda.is_available() or gpus_of_a_task())
 
 
 def flags() -> jobs.Parser:
@@ -205,20 +205,20 @@ def opened(args: argparse.Namespace, job: str, order: str | None = None) -> tupl
         folder = models.registered(spark, args.tables, args.model)[0]
         lesson = read_lesson(folder, args, order)
         models.refuse_another(args.model, folder, lesson.parent)
-    refuse_seen(spark, args.tables, folder)
+    refuse_seen(spark, args.tables, str(folder), lesson.parent.model_id)
     return spark, lesson
 
 
-def refuse_seen(spark: SparkSession, root: str, folder: str | None) -> None:
+def refuse_seen(spark: SparkSession, root: str, folder: str, model_id: str) -> None:
     """Raises ValueError where the model in `folder`, or one that it was made from, as far as their folders are there,
     has learnt from a query that is held out now: what is made from it could not be reported on."""
-    looked_at: set[str] = set()
-    while folder is not None and folder not in looked_at:
-        looked_at.add(folder)
-        if (file := Path(folder) / DATA).is_file():
+    folders = [folder]  # one that an adapter was merged into holds no rows; the adapter's is the registered one
+    while (row := models.row(spark, root, model_id)) and row["path"] not in folders[1:]:
+        folders.append(row["path"])
+        model_id = str(adapter.recipe(row["path"]).get("parent_id"))
+    for each in dict.fromkeys(folders):
+        if (file := Path(each) / DATA).is_file():
             refuse_held_out(spark, root, file, "start from a model that has not")
-        parent = models.row(spark, root, str(adapter.recipe(folder).get("parent_id")))
-        folder = parent["path"] if parent else None
 
 
 def refuse_held_out(spark: SparkSession, root: str, file: Path, instead: str) -> None:
@@ -226,7 +226,7 @@ def refuse_held_out(spark: SparkSession, root: str, file: Path, instead: str) ->
     seen = spark.createDataFrame(pq.read_table(file, columns=["pair_id"])).distinct()
     learnt = delta.read(spark, root, "pairs").join(seen, "pair_id", how="left_semi")
     if leaks := gold.leaked(spark, root, learnt):
-        raise ValueError(
+        raise runs.Unmet(
             f"{file.parent} has learnt from queries that are in dev or test now, such as {leaks[0]!r}; {instead}, or "
             f"put them back into the train split of {root}/gold by an UPDATE (sql --help)"
         )
@@ -358,6 +358,7 @@ def train(
     with runs.recorded(spark, args.tables, lambda: run):
         Path(how.out).mkdir(parents=True, exist_ok=True)
         with alone_in(how.out):
+            chosen = {"order": lesson.form.order, "prompt_id": lesson.prompt.prompt_id, **chosen_rows(args)}
             recipe = {
                 "stage": how.stage,
                 "base": lesson.base_name,
@@ -366,7 +367,9 @@ def train(
                 "prompt_id": lesson.prompt.prompt_id,
                 "order": lesson.form.order,
                 "trained_on": sorted({*lesson.trained_on, *sources(spark, args)}),
-                "data_hash": land(how, data, args.processes, parent=lesson.parent.weights_hash, base=lesson.base_hash),
+                "data_hash": land(
+                    how, data, args.processes, chosen, parent=lesson.parent.weights_hash, base=lesson.base_hash
+                ),
                 "settings": {**how.recipe(), "processes": args.processes, **chosen_rows(args)},
             }
             if recipe["data_hash"] == data_hash(data):

@@ -606,9 +606,10 @@ class Waves(ABC):
         theirs = f"run_id = '{self.run.run_id}' AND wave_id IN ({waves})"
         # For people to paste: a shell would run what stands between backticks.
         forget = f"DELETE FROM delta.\\`{self.root}/label_probs\\` WHERE {theirs}"  # noqa: S608
+        again = "the same command once more" if self.run.job == "backfill" else f"backfill --model {self.run.model_id}"
         return (
             f" No canary rode in {len(unlooked):,} merged waves before it; to have those asked anew: "
-            f'sql --tables {self.root} "{forget}", then backfill --tables {self.root} --model {self.run.model_id}.'
+            f'sql --tables {self.root} "{forget}", then {again} (with the same --prompt, where one was named).'
         )
 
     def _off(self, riders: DataFrame) -> tuple[str | None, int | None]:
@@ -693,6 +694,7 @@ class Waves(ABC):
         rows = sum(prefix.length(stretch) for stretch in suspects)
         allowed = POISONS * (max(1, math.ceil(math.log2(rows))) + 1)
         deaths, level, few = len(suspects), 0, max(1, POISONS // 2)
+        spared: list[prefix.Stretch] = []  # prompts that were alone when executors were lost
         answered: DataFrame | None = None
         gave_up: GaveUp | None = None
         with self.cancellable(wave_id):
@@ -711,8 +713,9 @@ class Waves(ABC):
                 asked = self.spark.read.schema(schema).parquet(files.literal(landed))
                 dead = prefix.stretches(asked.where(died))
                 alone = [number for number, stretch in dead.items() if prefix.length(stretch) == 1]
-                if engines.lost(self.spark) - gone:
-                    alone = []  # it may be the executors' end that took the engines along: those are asked once more
+                if engines.lost(self.spark) - gone:  # their end may have taken engines along: they are asked once more
+                    alone = [number for number in alone if dead[number] in spared]
+                    spared += [stretch for stretch in dead.values() if prefix.length(stretch) == 1]
                 known = asked.where(~died | F.col("shard").isin(alone))
                 answered = known if answered is None else answered.unionByName(known)
                 suspects = [stretch for number, stretch in dead.items() if number not in alone] + later

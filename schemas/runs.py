@@ -297,15 +297,19 @@ class Lease:
     def take(self) -> None:
         """Takes the lease and renews it from a thread until `give_up` or the end of this process."""
         self._sign()
+        overtaken.discard(run_id := os.path.basename(self._file).removesuffix(".json"))
         ended = threading.Event()
         self._renewed.setdefault(self._file, []).append(ended)
 
         def renew() -> None:
+            others = 0  # looks in a row at which another driver had signed
             while not ended.wait(RENEWED_SECONDS):
                 try:
-                    if not self._storage.exists(self._path):  # closed as lost by another driver, or given up just now
-                        if not ended.is_set():
-                            overtaken.add(os.path.basename(self._file).removesuffix(".json"))
+                    # One that came second to the same run signs once; one that took this for dead goes on to.
+                    others = others + 1 if self._foreign() else 0
+                    if others > 1 or not self._storage.exists(self._path):
+                        if not ended.is_set():  # else it was given up just now
+                            overtaken.add(run_id)
                         return
                     self._sign()
                 except Exception as error:  # the run goes on; at worst another one takes it for lost
@@ -313,11 +317,18 @@ class Lease:
 
         threading.Thread(target=renew, name="lease", daemon=True).start()
 
+    def _foreign(self) -> bool:
+        """Whether another process has signed it last."""
+        return self.holder() not in ({}, self._me())
+
+    @staticmethod
+    def _me() -> dict[str, Any]:
+        return {**_here(), "pid": os.getpid(), "born": _born(os.getpid())}
+
     def _sign(self) -> None:
-        who = {**_here(), "pid": os.getpid(), "born": _born(os.getpid())}
         stream = self._storage.create(self._path, True)
         try:
-            stream.write(bytearray(json.dumps(who), "utf-8"))
+            stream.write(bytearray(json.dumps(self._me()), "utf-8"))
         finally:
             stream.close()
 
@@ -326,10 +337,12 @@ class Lease:
         self._renewed[self._file].pop().set()
 
     def give_up(self) -> None:
-        """Ends it."""
-        for ended in self._renewed.pop(self._file, []):
+        """Ends it; one that another driver has taken over meanwhile is that one's."""
+        mine = self._renewed.pop(self._file, [])
+        for ended in mine:
             ended.set()
-        self._storage.delete(self._path, False)
+        if not (mine and self._foreign()):
+            self._storage.delete(self._path, False)
 
     def holder(self) -> dict[str, Any]:
         """Who signed it last: host, pid, born (start of the process); empty where nobody, or right now."""

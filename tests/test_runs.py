@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,41 @@ def test_a_run_of_another_machine_is_waited_for_until_it_shows_whether_it_lives(
     }
     runs.finish(spark, root, second, "done")
     assert not invariants.left(root)
+
+
+def test_a_run_that_another_driver_goes_on_with_is_left_to_it(
+    spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that came second to it signs once, and then leaves: that takes nothing from it."""
+    monkeypatch.setattr(runs, "RENEWED_SECONDS", 0.2)
+    run = runs.start(spark, root, "rescore", "m", "p")
+    lease = runs._lease(spark, root, run.run_id)
+    file, me = Path(root) / "_leases" / f"{run.run_id}.json", lease._me()
+
+    def signed_by_another() -> None:
+        (file.parent / f".{file.name}.crc").unlink(missing_ok=True)
+        file.write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": "1"}))
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        until = time.monotonic() + 20
+        while not what():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    signed_by_another()
+    wait_for(lambda: lease.holder() == me)
+    time.sleep(0.5)
+    assert run.run_id not in runs.overtaken
+    signed_by_another()
+    wait_for(lambda: lease.holder() == me)
+    signed_by_another()
+    wait_for(lambda: run.run_id in runs.overtaken)
+    lease.give_up()
+    assert lease.holder()["host"] == "elsewhere"
+    lease.take()
+    assert run.run_id not in runs.overtaken
+    lease.give_up()
+    assert not file.exists()
 
 
 def test_a_run_that_was_closed_as_lost_beside_its_driver_stays_so_and_its_driver_is_told(

@@ -628,6 +628,8 @@ def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Fo
     train.land(settings(base, tmp_path), lessons(answers, 5))
     with pytest.raises(ValueError, match="differs in the rows"):
         train.land(settings(base, tmp_path), lessons(answers, 8))
+    with pytest.raises(ValueError, match="differs in order"):
+        train.land(settings(base, tmp_path), lessons(answers, 5), chosen={"order": "pre"})
     with pytest.raises(ValueError, match="differs in the weights it starts from"):
         train.land(settings(base, tmp_path), lessons(answers, 5), parent="another's")
     with pytest.raises(ValueError, match="differs in learning_rate"):

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,13 +112,19 @@ _OF = {
 }  # fmt: skip
 
 
-def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], processes: int = 1, **weights: str) -> str:
+def land(
+    settings: TrainSettings,
+    rows: Sequence[dict[str, Any]],
+    processes: int = 1,
+    chosen: Mapping[str, Any] | None = None,
+    **weights: str,
+) -> str:
     """Writes the rows of a stage into its out folder; returns their hash.
 
-    `processes`: each has its own share of a step's sequences and its own random state. `weights`: hashes of what is
-    trained on. A training that was killed goes on with the rows it began with, whatever the tables hold by now: then
-    nothing is written and the hash is theirs. Raises ValueError where the folder holds another training: its
-    checkpoints would go on from another parent, or it has ended with other rows.
+    `processes`: each has its own share of a step's sequences and its own random state. `chosen`: what decides the rows,
+    beside the tables. `weights`: hashes of what is trained on. A training that was killed goes on with the rows it
+    began with, whatever the tables hold by now: then nothing is written and the hash is theirs. Raises ValueError where
+    the folder holds another training: its checkpoints would go on from another parent, or it has ended with other rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -128,7 +134,7 @@ def land(settings: TrainSettings, rows: Sequence[dict[str, Any]], processes: int
             {
                 "data_hash": (own := data_hash(rows)),
                 "weights": weights,
-                "settings": {**dataclasses.asdict(settings), "processes": processes},
+                "settings": {**dataclasses.asdict(settings), "processes": processes, **(chosen or {})},
             }
         )
     )
@@ -160,11 +166,11 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     """Runs a stage in this process, or in `processes` of them, one a GPU; returns its last figures.
 
     They run on this machine, or as tasks of the Spark cluster; then `out` must lie on a disk that all of them see. One
-    process is a task too where the cluster's tasks have GPUs and this machine has none. Raises ValueError for more
-    processes than this machine's GPUs.
+    process is a task too where the cluster's tasks have a GPU each and this machine has none. Raises ValueError for
+    processes that do not go with the GPUs there are.
     """
-    of_tasks = tasks_have_gpus() if on_cluster else False
-    if processes == 1 and not (of_tasks and not _has_gpu()):
+    of_a_task = gpus_of_a_task() if on_cluster else 0.0
+    if processes == 1 and not (of_a_task == 1 and not _has_gpu()):
         # The trainer would want as many processes as there are GPUs.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         return stage(settings, **more)
@@ -183,20 +189,25 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
                 f"it more (--conf {_GPUS_OF_DRIVER}=N, and a spark.driver.resource.gpu.discoveryScript that names them)"
             )
         return TorchDistributor(processes, local_mode=True, use_gpu=use_gpu).run(stage, settings, **more) or {}
+    if of_a_task and processes % of_a_task:
+        raise Unmet(
+            f"--processes {processes}: each task has {of_a_task:g} GPUs (spark.task.resource.gpu.amount), and each "
+            "process wants one; say 1 there"
+        )
     # A task of a training says nothing until it is over; Spark would end it after half an hour.
     ends_idle = "spark.sql.execution.pyspark.udf.killOnIdleTimeout"
     spark.conf.set(ends_idle, "false")
     try:
-        return TorchDistributor(processes, local_mode=False, use_gpu=of_tasks).run(stage, settings, **more) or {}
+        return TorchDistributor(processes, local_mode=False, use_gpu=of_a_task > 0).run(stage, settings, **more) or {}
     finally:
         spark.conf.unset(ends_idle)
 
 
-def tasks_have_gpus() -> bool:
-    """Whether each task of the running Spark application is given a GPU."""
+def gpus_of_a_task() -> float:
+    """GPUs that each task of the running Spark application is given; a part of one where several share it."""
     from pyspark.sql import SparkSession
 
-    return float(SparkSession.active().sparkContext.getConf().get("spark.task.resource.gpu.amount") or 0) > 0
+    return float(SparkSession.active().sparkContext.getConf().get("spark.task.resource.gpu.amount") or 0)
 
 
 def _has_gpu() -> bool:
