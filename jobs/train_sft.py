@@ -33,7 +33,7 @@ from udfs.model import Model, inspect, weights_hash
 from udfs.prompt import Prompt
 from udfs.prompt import load as load_prompt
 from udfs.render import rendered
-from udfs.train import DATA, TrainSettings, data_hash, draw, gpus_of_a_task, land, launch, leave
+from udfs.train import DATA, TrainSettings, data_hash, draw, gpus_of_a_task, has_gpu, land, launch, leave
 
 JOB = "train_sft"
 
@@ -114,9 +114,7 @@ def settings(args: argparse.Namespace, lesson: Lesson, stage: str, **more: Any) 
 
 def trains_on_cpu() -> bool:
     """Whether neither this machine nor the cluster's tasks have a GPU, whatever engine is installed here."""
-    import torch
-
-    return not (torch.cuda.is_available() or gpus_of_a_task())
+    return not (has_gpu() or gpus_of_a_task())
 
 
 def flags() -> jobs.Parser:

@@ -642,7 +642,7 @@ def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Fo
 def test_more_processes_than_the_driver_has_gpus_are_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_has_gpu", lambda: True)
+    monkeypatch.setattr(train, "has_gpu", lambda: True)
     with pytest.raises(ValueError, match="--processes 8: the driver was given 0 GPUs; say --processes 1"):
         train.launch(settings(base, tmp_path), 8, label_at=0)
 

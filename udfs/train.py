@@ -170,7 +170,7 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     processes that do not go with the GPUs there are.
     """
     of_a_task = gpus_of_a_task() if on_cluster else 0.0
-    if processes == 1 and not (of_a_task == 1 and not _has_gpu()):
+    if processes == 1 and (of_a_task != 1 or has_gpu()):
         # The trainer would want as many processes as there are GPUs.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         return stage(settings, **more)
@@ -183,7 +183,7 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     spark = SparkSession.active()
     if not on_cluster:
         gpus = int(spark.sparkContext.getConf().get(_GPUS_OF_DRIVER) or 0)
-        if (use_gpu := _has_gpu()) and processes > gpus:  # the distributor would start fewer
+        if (use_gpu := has_gpu()) and processes > gpus:  # the distributor would start fewer
             raise Unmet(
                 f"--processes {processes}: the driver was given {gpus} GPUs; say --processes {max(1, gpus)}, or give "
                 f"it more (--conf {_GPUS_OF_DRIVER}=N, and a spark.driver.resource.gpu.discoveryScript that names them)"
@@ -210,7 +210,8 @@ def gpus_of_a_task() -> float:
     return float(SparkSession.active().sparkContext.getConf().get("spark.task.resource.gpu.amount") or 0)
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether this process could train on a GPU."""
     import torch
 
     return bool(torch.cuda.is_available())
