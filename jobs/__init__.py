@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Container
 from datetime import datetime
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from pyspark.errors import PySparkException
@@ -202,7 +202,7 @@ def look_ahead(args: argparse.Namespace, made: Container[str] = ()) -> None:
         *((name, scoring_beside) for name in getattr(args, "also", ())),
     ]
     for name, look in looks:
-        if name is None or str(Path(name).absolute()) not in made:
+        if name is None or os.path.abspath(name) not in made:
             seen(argparse.Namespace(**{**vars(args), "model": name}), look)
 
 

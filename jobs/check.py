@@ -36,13 +36,14 @@ import demo.catalogue
 import jobs
 from partitioner import engines, models
 from schemas import delta, files, runs
+from schemas.canonical import TEXTS
 from schemas.tables import TABLES
 from udfs import adapter, selfcheck
 from udfs.decode import label_probs
 from udfs.engine import EngineSettings, VllmEngine, number_type
 from udfs.model import fetched
 from udfs.prompt import Prompt, renderer
-from udfs.render import PRODUCT_TEXT, product_text
+from udfs.render import product_text
 from udfs.score import Scoring
 
 JOB = "check"
@@ -256,7 +257,7 @@ def tables_of(spark: SparkSession, root: str) -> Iterator[tuple[str, tuple[bool,
 def from_tables(root: str, count: int) -> list[dict[str, Any]]:
     """Some pairs of the tables, always the same ones; Spark has ended when this returns."""
     spark = delta.session("check")
-    chosen = delta.read(spark, root, "pairs").orderBy(F.xxhash64("pair_id")).limit(count).select("query", *PRODUCT_TEXT)
+    chosen = delta.read(spark, root, "pairs").orderBy(F.xxhash64("pair_id")).limit(count).select("query", *TEXTS)
     pairs = [row.asDict() for row in chosen.collect()]
     spark.stop()
     if not pairs:

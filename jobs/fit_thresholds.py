@@ -345,8 +345,15 @@ class Cutter:
         """The tier of each row."""
         if self.name == "argmax":
             return tiers.argmax(rows.p)
-        taus = np.array([self.fits.get(s, self.fits[""]).taus for s in rows.segments]).reshape(-1, 3)
-        return tiers.cut(values(self.name, rows.p, self.temperature), taus)
+        return tiers.cut(self.values(rows), self.taus(rows))
+
+    def values(self, rows: Rows) -> Floats:
+        """What is cut of each row."""
+        return values(self.name, rows.p, self.temperature)
+
+    def taus(self, rows: Rows) -> Floats:
+        """The three cuts of each row's segment, [n, 3]."""
+        return np.array([self.fits.get(s, self.fits[""]).taus for s in rows.segments]).reshape(-1, 3)
 
 
 def values(name: str, p: Floats, temperature: float) -> Floats:
@@ -674,8 +681,7 @@ def _guard(spark: SparkSession, root: str, run: runs.Run, rows: Rows, final: Cut
     if noise is None:
         return []
     band, nan = 2 * float(noise), float("nan")  # c3 is a sum of two
-    taus = np.array([final.fits.get(s, final.fits[""]).taus for s in rows.segments]).reshape(-1, 3)
-    near = (np.abs(values(final.name, rows.p, final.temperature) - taus) <= band).any(axis=1)
+    near = (np.abs(final.values(rows) - final.taus(rows)) <= band).any(axis=1)
     share = float(near.mean())
     print(f"{JOB}: asked again, cumulative probabilities move by up to {band:.1e}; {share:.2%} lie so near to a cut")
     told = {"guard_band": band, "guard_share": share}

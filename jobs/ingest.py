@@ -212,14 +212,8 @@ class Intake:
         judged = inputs.judged(self.spark, found, delta.scratch(self.root, self.run.run_id, "rows"))
         self.counts.update(read=judged.read, refused_files=judged.refused_files)
         self.counts.update(accepted=judged.read - judged.refused, quarantined=judged.refused + judged.refused_files)
-        good, bad = judged.rows.where("reason IS NULL"), judged.rows.where("reason IS NOT NULL")
-        torn = inputs.contradictions(good, claims, self.land) if claims else None
-        if torn is not None:
-            place = ["file", "block", "n"]
-            bad = bad.unionByName(good.drop("reason").join(torn, place, how="inner"))
-            good = good.join(torn, place, how="left_anti")
-            count = torn.count()
-            self.counts.update(accepted=-count, quarantined=count)
+        good, bad, torn = inputs.parted(judged.rows, claims, self.land)
+        self.counts.update(accepted=-torn, quarantined=torn)
         self.ignored = judged.ignored
         if judged.ignored:
             some = ", ".join(judged.ignored[:_NAMES_TOLD])

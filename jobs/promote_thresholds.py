@@ -189,6 +189,21 @@ def tier_changes(spark: SparkSession, root: str, stored: DataFrame, old: Version
     return rows.groupBy("segment", "before", "after", "there", F.col("after_stale").alias("stale")).count().collect()
 
 
+def summed(counted: list[Row]) -> tuple[Counter[tuple[int | None, int | None]], list[tuple[str, int, int]]]:
+    """`tier_changes` as pairs by tier before and after; and as segment, its pairs with a tier before, and how many of
+    these change, where most change first."""
+    matrix: Counter[tuple[int | None, int | None]] = Counter()
+    pairs: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    for r in counted:
+        matrix[r["before"], r["after"]] += r["count"]
+        if r["before"] is not None:
+            pairs[r["segment"]] += r["count"]
+            changed[r["segment"]] += r["count"] * (r["before"] != r["after"])
+    segments = [(segment, n, changed[segment]) for segment, n in pairs.items()]
+    return matrix, sorted(segments, key=lambda told: (-told[2], told[0]))
+
+
 def segment_column(old: Version | None, new: Version) -> str:
     """The column of pairs by which a change of tiers is told."""
     return new.segment_by or (old.segment_by if old else None) or "category"
@@ -211,21 +226,14 @@ def shifted(
     tiered = [r for r in counted if r["before"] is not None]
     of, change = sum(r["count"] for r in tiered), sum(r["count"] for r in tiered if r["before"] != r["after"])
     lost = sum(r["count"] for r in tiered if r["after"] is None)
-    matrix: Counter[tuple[int | None, int | None]] = Counter()
-    for r in counted:
-        matrix[r["before"], r["after"]] += r["count"]
+    matrix, segments = summed(counted)
     names: dict[int | None, str] = {**dict(NAMES.items()), None: "no tier"}
     print(f"    {'from, to':<12}" + "".join(f"{names[a]:>12}" for a in (*LABELS, None)))
     for b in (*LABELS, None) if old else (None,):
         print(f"    {names[b]:<12}" + "".join(f"{matrix[b, a]:>12,}" for a in (*LABELS, None)))
     if old:
         print(f"{JOB}: {change:,} of {of:,} tiers change ({_percent(change, of)}), {lost:,} of them are lost")
-        told: dict[str, tuple[int, int]] = {}
-        for r in tiered:
-            n, m = told.get(r["segment"], (0, 0))
-            told[r["segment"]] = n + r["count"], m + (r["count"] if r["before"] != r["after"] else 0)
-        most = sorted(told.items(), key=lambda item: (-item[1][1], item[0]))[:_SEGMENTS_TOLD]
-        for segment, (n, m) in most if len(told) > 1 else ():
+        for segment, n, m in segments[:_SEGMENTS_TOLD] if len(segments) > 1 else ():
             print(f"    {by} {segment[:60] or '(none)':<30} {m:>9,} of {n:>9,} change ({_percent(m, n)})")
     refused = []
     if unscored + without > gates.missing * total:

@@ -167,7 +167,7 @@ def document_id(product_id: str) -> str:
 def qrels(rows: Iterator[Any], out: str) -> int:
     """`topic 0 document grade` a line, and OUT.topics.tsv with `topic<tab>query`; rows come sorted by query."""
     count, last = 0, None
-    with _whole(f"{out}.topics.tsv") as topics, _whole(out) as judgements:
+    with whole(f"{out}.topics.tsv") as topics, whole(out) as judgements:
         for row in rows:
             topic = query_id(row["locale"], row["query"])
             if topic != last:
@@ -181,7 +181,7 @@ def qrels(rows: Iterator[Any], out: str) -> int:
 def quepid(rows: Iterator[Any], out: str) -> int:
     """query,docid,rating with a head; a cell that a spreadsheet would take for a formula gets an apostrophe first."""
     count = 0
-    with _whole(out) as file:
+    with whole(out) as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["query", "docid", "rating"])
         for row in rows:
@@ -195,7 +195,7 @@ def _guarded(cell: str) -> str:
 
 
 @contextmanager
-def _whole(path: str) -> Iterator[TextIO]:
+def whole(path: str) -> Iterator[TextIO]:
     """A file that appears under its name only when it is whole."""
     part = f"{path}.part"
     try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +22,8 @@ from pyspark.sql import functions as F
 
 import jobs
 from jobs.fit_thresholds import Rows, Wanted, judged, local_rows, sampled
-from jobs.promote_thresholds import last_probe, segment_column, tier_changes
+from jobs.promote_thresholds import last_probe, segment_column, summed, tier_changes
+from jobs.publish import whole
 from partitioner import measures, tiers
 from partitioner.thresholds import Objective
 from partitioner.tiers import BOUNDARIES, Version
@@ -72,9 +72,8 @@ def main(argv: list[str]) -> int:
     spark = delta.session(JOB)
     delta.prepare(spark, args.tables)
     page = report(spark, args.tables, args.version)
-    with open(f"{args.out}.part", "w", encoding="utf-8") as file:
+    with whole(args.out) as file:
         file.write(page)
-    os.replace(f"{args.out}.part", args.out)
     print(f"{JOB}: {args.out}, {len(page.encode()) / 2**20:.1f} MB", flush=True)
     return 0
 
@@ -308,15 +307,7 @@ def shift(spark: SparkSession, root: str, stored: DataFrame, every: dict[int, An
     if not others:
         return []
     before = tiers.version_of(stored.where(F.col("version") == others[-1]["version"]).collect())
-    counted = tier_changes(spark, root, stored, before, of)
-    cells: Counter[tuple[int | None, int | None]] = Counter()
-    segments: dict[str, list[int]] = {}
-    for r in counted:
-        cells[r["before"], r["after"]] += r["count"]
-        if r["before"] is not None:
-            at = segments.setdefault(r["segment"], [0, 0])
-            at[0] += r["count"]
-            at[1] += r["count"] * (r["before"] != r["after"])
+    cells, segments = summed(tier_changes(spark, root, stored, before, of))
     names: dict[int | None, str] = {**dict(NAMES.items()), None: "no tier"}
     rows = [(names[b], names[a], n) for (b, a), n in sorted(cells.items(), key=lambda x: [-(k or 0) for k in x[0]])]
     base = alt.Chart(_data(["before", "after", "pairs"], rows)).encode(
@@ -329,8 +320,7 @@ def shift(spark: SparkSession, root: str, stored: DataFrame, every: dict[int, An
         "is what publish would rewrite; read some of it before a promotion."
     )
     found = [Section("shift", "Tiers that change", say, chart, ("before", "after", "pairs"), rows)]
-    largest = sorted(segments.items(), key=lambda item: (-item[1][1], item[0]))[:SEGMENTS]
-    told = [(_cut(name or "(none)", NAME), n, m, round(m / n, 4)) for name, (n, m) in largest]
+    told = [(_cut(name or "(none)", NAME), n, m, round(m / n, 4)) for name, n, m in segments[:SEGMENTS]]
     if len(told) > 1:
         by = segment_column(before, of)
         chart = alt.Chart(_data(["segment", "pairs", "changed", "share"], told)).mark_bar().encode(

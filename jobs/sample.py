@@ -181,14 +181,15 @@ def sample(
         raise ValueError("--findings: this tokenizer begins two labels' names with one token; leave --findings away")
     draw = Draw(spark, root, what, made, asked, split)
     with draw.at_work():
-        chosen = draw.missing(source, limit)
+        draw.missing(source, limit)
     run = draw.run
     if findings:
-        look = Findings(spark, root, what, run, made)
+        look = Findings(draw)
         with look.at_work():
-            run = look.judge(chosen)
+            run = look.judge(draw.chosen(source, limit))
     run = runs.finish(spark, root, run, "done")
-    print(*told(spark, root, run, chosen), sep="\n", flush=True)
+    # Its counts are of pairs; what was found out behind it counts chains.
+    print(*told(spark, root, draw.run, draw.chosen(source, limit)), sep="\n", flush=True)
     return run
 
 
@@ -208,17 +209,18 @@ class Draw(Drawing):
         self.settings_hash = hashed
         self.form, self.sampling, self.split = made, asked, split
 
-    def missing(self, source: str | None, limit: int | None) -> DataFrame:
-        """Draws what is not there yet; returns the chosen pairs (pair_id, gold)."""
+    def chosen(self, source: str | None, limit: int | None) -> DataFrame:
+        """The judged pairs that are asked: rows of pairs, with gold."""
+        judged = gold.judged(self.spark, self.root, self.split, source).where("label IS NOT NULL")
+        judged = judged.withColumnRenamed("label", "gold")
+        return judged if limit is None else judged.orderBy(F.xxhash64("pair_id"), "pair_id").limit(limit)
+
+    def missing(self, source: str | None, limit: int | None) -> None:
+        """Draws what is not there yet."""
         started = time.monotonic()
         if self.split == "train":
-            judged = gold.learnt_from(self.spark, self.root, source)
-        else:
-            judged = gold.judged(self.spark, self.root, self.split, source).where("label IS NOT NULL")
-        chosen = judged.withColumnRenamed("label", "gold")
-        if limit is not None:
-            chosen = chosen.orderBy(F.xxhash64("pair_id"), "pair_id").limit(limit)
-        chosen = chosen.localCheckpoint()
+            gold.learnt_from(self.spark, self.root, source)  # raises where one of its queries is held out
+        chosen = self.chosen(source, limit).localCheckpoint()
         total = chosen.count()
         if not total:
             raise none_judged(self.root, self.split, source)
@@ -229,7 +231,6 @@ class Draw(Drawing):
         line = self.land_line(prompts, "samples")
         self._count(seen=total, skipped=total - line.prompts)
         self.run_through(line, "samples", total, started, self.sampling.n * self.sampling.max_tokens)
-        return chosen.select("pair_id", "gold")
 
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Merges the wave into `samples`, one row a sample."""
@@ -264,10 +265,11 @@ class Findings(Waves):
 
     least = 2048
 
-    def __init__(self, spark: SparkSession, root: str, what: Scoring, run: runs.Run, made: Form) -> None:
-        super().__init__(spark, root, what, run)
-        self.form, self.label_ids = made, made.name_ids or ()
-        self.settings_hash = run.settings_hash or self.settings_hash
+    def __init__(self, draw: Draw) -> None:
+        super().__init__(draw.spark, draw.root, draw.what, draw.run)
+        self.form, self.label_ids = draw.form, draw.form.name_ids or ()
+        self.settings_hash = draw.settings_hash
+        self.loads, self.engine_names = draw.loads, draw.engine_names  # which are asked on
 
     def judge(self, chosen: DataFrame) -> runs.Run:
         """Asks for the chains of the chosen pairs that were not asked about; returns the run's row."""
@@ -290,7 +292,8 @@ class Findings(Waves):
         """Puts what was found beside the samples of these chains."""
         found = answered.select("pair_id", "chain", tiers.likeliest().alias("entailed"))
         rows = self.samples().drop("entailed").join(found, ["pair_id", "chain"], how="inner")
-        landed = rows.where("label IS NOT NULL").select(*SAMPLES.names).localCheckpoint()
+        rows = rows.where("label IS NOT NULL").select(*SAMPLES.names)
+        landed = delta.land(self.spark, self.root, self.run.run_id, f"{wave_id}-entailed", rows)
         delta.upsert(self.spark, self.root, "samples", landed)
 
 
@@ -307,7 +310,7 @@ def told(spark: SparkSession, root: str, run: runs.Run, chosen: DataFrame) -> li
     head = (
         f"{JOB}: done · run {run.run_id} · {counts.get('seen', 0):,} pairs, {counts.get('skipped', 0):,} were there, "
         f"{counts.get('sampled', 0):,} sampled, {counts.get('refused', 0):,} too long, or the engine died · "
-        f"{run.generated_tokens or 0:,} tokens written"
+        f"{run.generated_tokens or 0:,} tokens written in all"
     )
     if mine.isEmpty():
         return [head]

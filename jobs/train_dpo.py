@@ -36,6 +36,9 @@ def flags() -> jobs.Parser:
     train_sft.add_epoch_flags(parser, epochs=1)
     parser.add_argument("--beta", type=jobs.number, default=0.1, help="how dear it is to move away from the parent")
     parser.add_argument(
+        "--label-weight", type=jobs.number, default=1.0, help="of a label in what is preferred, a chain token has 1"
+    )
+    parser.add_argument(
         "--per-pair", type=jobs.positive, default=2, metavar="N", help="preferences of one pair, at most"
     )
     return parser
@@ -65,7 +68,8 @@ def main(argv: list[str]) -> int:
     ]
     if not data:
         raise ValueError(why_none(answers, args))
-    train_sft.train(spark, args, lesson, how, data, landed=lambda: put(spark, args, lesson, chosen))
+    label_at = lesson.form.label_at
+    train_sft.train(spark, args, lesson, how, data, lambda: put(spark, args, lesson, chosen), label_at=label_at)
     return 0
 
 

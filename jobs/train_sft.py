@@ -189,7 +189,7 @@ def main(argv: list[str]) -> int:
         )
     taught_pairs = len({row["pair_id"] for row in data})
     print(f"{JOB}: {taught_pairs:,} train pairs{'' if args.labels_only else ' with a kept chain'}", flush=True)
-    train(spark, args, lesson, how, data, label_at=-2 if args.order == "pre" else 0)
+    train(spark, args, lesson, how, data, label_at=lesson.form.label_at)
     return 0
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -156,20 +157,15 @@ class Chains:
         """Chains of a file, those of train pairs; of a pair it may bring one."""
         found = inputs.listed(self.spark, where, "canonical", formats.CHAINS)
         rows = inputs.judged(self.spark, found, delta.scratch(self.root, self.run.run_id, "rows"))
-        good, bad = rows.rows.where("reason IS NULL"), rows.rows.where("reason IS NOT NULL")
         said = F.struct("label", "chain")
-        torn = inputs.contradictions(good, [("two chains of one pair", [F.col("pair_id")], said)], self.land)
-        if torn is not None:
-            place = ["file", "block", "n"]
-            bad = bad.unionByName(good.drop("reason").join(torn, place, how="inner"))
-            good = good.join(torn, place, how="left_anti")
+        good, bad, torn = inputs.parted(rows.rows, [("two chains of one pair", [F.col("pair_id")], said)], self.land)
         good = good.dropDuplicates(["pair_id"]).select(
             "pair_id", F.col("label").alias("written_for"), "chain", F.lit(True).alias("finished")
         )
         pairs = gold.learnt_from(self.spark, self.root, self.source)
         judged = self.judged(good.join(pairs.select("pair_id", "label", "content_hash"), "pair_id", how="inner"))
         write(self.spark, self.root, judged, FILE, self.run.run_id, self.now)
-        quarantined = rows.refused + rows.refused_files + (torn.count() if torn is not None else 0)
+        quarantined = rows.refused + rows.refused_files + torn
         brought, used = good.count(), judged.count()
         self.counts.update(
             read=rows.read, refused_files=rows.refused_files, quarantined=quarantined, not_train=brought - used
@@ -184,7 +180,7 @@ class Chains:
         self.told += told
         self.counts.update(counts)
         if quarantined:
-            source = where.rstrip("/").rsplit("/", 1)[-1]
+            source = re.sub(r"[^A-Za-z0-9._-]", "_", where.rstrip("/").rsplit("/", 1)[-1])  # it is told inside of SQL
             self.told += inputs.quarantine(self.spark, self.root, bad, source, JOB, self.now)
 
     def judged(self, chains: DataFrame) -> DataFrame:
@@ -221,7 +217,9 @@ class Lesson(Drawing):
         order = (F.xxhash64("pair_id"), F.col("pair_id"))  # so a limit takes the same ones always
         pool = judged.orderBy(*order).limit(POOL).localCheckpoint()
         chosen = judged if wanted is None else judged.join(wanted, "pair_id", how="left_semi")
-        chosen = (chosen if limit is None else chosen.orderBy(*order).limit(limit)).localCheckpoint()
+        chosen = chosen if limit is None else chosen.orderBy(*order).limit(limit)
+        # Wanted until the end: what executors hold may be gone by then.
+        chosen = delta.land(self.spark, self.root, self.run.run_id, "chosen", chosen)
         total = chosen.count()
         if not total and wanted is not None:
             raise runs.Unmet("--pairs: none of the selected pairs is a judged one of split train; others get no chain")

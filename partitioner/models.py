@@ -66,9 +66,9 @@ def register(
     measured = {**told.get("metrics", {}), **(new.get("metrics") or {}), **(metrics or {})}
     new["metrics"] = {name: value for name, value in measured.items() if not math.isnan(value)}
     new["config"] = {**(new.get("config") or {}), **(config or {})}
-    before = new.get("path")
-    inside = before and Path(model.path).is_relative_to(before)
-    new["path"] = path or (before if inside else model.source)
+    whole = Path(model.path)
+    of_adapter = whole.name == adapter.MERGED and adapter.is_adapter(str(whole.parent))
+    new["path"] = path or (str(whole.parent) if of_adapter else model.source)
     values = [new.get(name) for name in MODELS.names]
     delta.upsert(spark, root, "models", delta.rows(spark, "models", [values]))
 

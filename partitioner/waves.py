@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from partitioner import engines, models, prefix
@@ -144,6 +145,8 @@ class Waves(ABC):
         self.known: list[Canary] = []  # prompts with known answers, which ride along
         # Wall time by what it went to; a run that goes on goes on counting.
         begun = {name.removeprefix("seconds_"): s for name, s in run.figures.items() if name.startswith("seconds_")}
+        before = begun.pop("total", None)
+        self._since = run.started_at if before is None else datetime.now(UTC) - timedelta(seconds=before)
         self.seconds: dict[str, float] = defaultdict(float, begun)
         self._clock, self._ticked, self._at_work = threading.Lock(), 0.0, 0  # of the waves that are being asked
         self._asked: deque[_Wave] = deque()  # not looked at yet
@@ -154,7 +157,8 @@ class Waves(ABC):
         self._committed = 0.0  # seconds that the last wave's commit took, and the run's row behind it
         self._loaded = 0  # how often the engines were ended because a wave was wrong
         self._checked: float | None = None  # the rate found when the engine agreed with itself, now or in another run
-        self._engines: set[str] = set()
+        self.engine_names: set[str] = set()  # that answered
+        self.loads = run.engine_loads or 0  # of a run that goes on: those before
         self._rate = 0.0  # tokens of work (of the line) per second and engine, as last measured
         self._work = run.figures.get("tokens_per_second", 0.0) * (run.engine_seconds or 0.0)  # tokens of work done
         self._outside: float | None = None  # sum of p_outside over scored rows
@@ -279,7 +283,7 @@ class Waves(ABC):
             found = (
                 self.spark.range(1)
                 .repartition(1)
-                .mapInArrow(check, selfcheck.SCHEMA, profile=self._profile())
+                .mapInArrow(check, from_arrow_schema(selfcheck.SCHEMA), profile=self._profile())
                 .collect()[0]
             )
         sample = list(selfcheck.asked(sample, found["attempt"]))
@@ -763,14 +767,14 @@ class Waves(ABC):
         for name in ("computed", "generated"):
             if figures[name] is not None:
                 self._add(**{f"{name}_tokens": int(figures[name])})
-        self._engines |= set(figures["engines"])
+        self.engine_names |= set(figures["engines"])
         if figures["outside"] is not None:
             self._outside = (self._outside or 0.0) + float(figures["outside"])
         all_done = self.run.counts[self.done]
         self.run = replace(
             self.run,
             engine_seconds=(self.run.engine_seconds or 0.0) + float(figures["seconds"]),
-            engine_loads=len(self._engines),
+            engine_loads=self.loads + len(self.engine_names),
             p_outside=self._outside / all_done if all_done and self._outside is not None else None,
         )
         self.seconds["startup"] += float(figures["startup"] or 0.0) / max(1, len(figures["engines"]))
@@ -793,7 +797,7 @@ class Waves(ABC):
         busy = (self.run.engine_seconds or 0.0) / max(1, engines.count(self.spark))
         idle = max(0.0, self.seconds["scoring"] - self.seconds["startup"] - busy)
         # A time that is read back is this machine's, without a zone.
-        total = (datetime.now(UTC) - self.run.started_at.astimezone(UTC)).total_seconds()
+        total = (datetime.now(UTC) - self._since.astimezone(UTC)).total_seconds()
         waited = ("planning", "loading_waited", "check", "scoring", "commit_waited")
         other = total - sum(self.seconds.get(name, 0.0) for name in waited)
         told = {**self.seconds, "engine": busy, "idle": idle, "other": other, "total": total}

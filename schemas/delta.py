@@ -43,7 +43,7 @@ from schemas.crash import crash
 from schemas.tables import TABLES, Table
 
 PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
-# What Spark must be told before it starts. spark-submit.sh and the README's plain spark-submit print this very list.
+# What Spark must be told before it starts; spark-submit.sh prints this very list.
 CONF = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",

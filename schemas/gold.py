@@ -10,6 +10,7 @@ from pyspark.sql import functions as F
 
 from schemas import delta
 from schemas.canonical import normalised
+from schemas.runs import Unmet
 
 
 def judged(spark: SparkSession, root: str, split: str, source: str | None = None) -> DataFrame:
@@ -45,12 +46,12 @@ def votes(spark: SparkSession, root: str, source: str | None = None) -> DataFram
 def learnt_from(spark: SparkSession, root: str, source: str | None = None) -> DataFrame:
     """Judged pairs of the train split, those without a label left out.
 
-    Raises ValueError where a query of theirs is held out (dev or test) under another locale, source or spelling: what a
+    Raises Unmet where a query of theirs is held out (dev or test) under another locale, source or spelling: what a
     stage of training has seen, were it only as a neighbour, cannot be reported on.
     """
     pairs = judged(spark, root, "train", source).where("label IS NOT NULL")
     if leaks := leaked(spark, root, pairs):
-        raise ValueError(
+        raise Unmet(
             f"queries of the train split are also in dev or test, such as {leaks[0]!r}; all pairs of a query want one "
             f"split. Ingest keeps the one that is stored in {root}/gold; there it is changed by an UPDATE (sql --help)"
         )

@@ -18,6 +18,7 @@ from schemas import delta, files, formats, published, tables
 from schemas.files import File
 from schemas.formats import Wanted
 
+_PLACE = ("file", "block", "n")  # of a row in its input
 _LINES_TOLD = 20  # of a contradiction, in its reason
 
 Claim = tuple[str, Sequence[Column], Column]  # kind, key, and what a row says of it
@@ -175,6 +176,18 @@ def quarantine(spark: SparkSession, root: str, bad: DataFrame, source: str, stag
     ]
 
 
+def parted(
+    rows: DataFrame, claims: Sequence[Claim], land: Callable[[str, DataFrame], DataFrame]
+) -> tuple[DataFrame, DataFrame, int]:
+    """Good rows of `Judged.rows`, bad ones with their reason, and how many of these contradict another (`claims`)."""
+    good, bad = rows.where("reason IS NULL"), rows.where("reason IS NOT NULL")
+    torn = contradictions(good, claims, land) if claims else None
+    if torn is None:
+        return good, bad, 0
+    bad = bad.unionByName(good.drop("reason").join(torn, list(_PLACE), how="inner"))
+    return good.join(torn, list(_PLACE), how="left_anti"), bad, torn.count()
+
+
 def contradictions(
     rows: DataFrame, claims: Sequence[Claim], land: Callable[[str, DataFrame], DataFrame]
 ) -> DataFrame | None:
@@ -186,8 +199,7 @@ def contradictions(
         F.struct(F.lit(kind).alias("kind"), tables.hash_fields(list(key)).alias("key"), value.alias("value"))
         for kind, key, value in claims
     ]
-    place = ["file", "block", "n"]
-    each = rows.select(*place, "name", "line", F.inline(F.array(*said)))
+    each = rows.select(*_PLACE, "name", "line", F.inline(F.array(*said)))
     torn = each.groupBy("kind", "key").agg(F.min("value").alias("low"), F.max("value").alias("high"))
     torn = land("torn", torn.where("low <> high").select("kind", "key"))
     if torn.isEmpty():
@@ -199,4 +211,4 @@ def contradictions(
     reason = F.concat("kind", F.lit(": "), F.array_join(lines, ", "), F.coalesce(more, F.lit("")))
     told = both.join(at.withColumn("reason", reason), ["kind", "key"], how="inner")
     reasons = F.array_join(F.array_sort(F.collect_set("reason")), "; ")
-    return land("contradictions", told.groupBy(*place).agg(reasons.alias("reason")))
+    return land("contradictions", told.groupBy(*_PLACE).agg(reasons.alias("reason")))

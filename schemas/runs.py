@@ -195,13 +195,18 @@ def close_lost(spark: SparkSession, root: str) -> list[str]:
     """Writes `lost` into the rows of runs whose driver is gone, and removes what they had landed; returns their ids."""
     running = table(spark, root).where("status = 'running'").collect()
     leases = {name: _lease(spark, root, name) for name in _signed(spark, root)}
-    lost = [row for row in running if not _lease(spark, root, row["run_id"]).held()]
-    for row in lost:
+    lost = []
+    for row in running:
+        if _lease(spark, root, row["run_id"]).held():
+            continue
         delta.drop_scratch(spark, root, row["run_id"])
         what = "its driver ended without a word (killed, or out of memory); what it had merged is kept"
         run = replace(Run(**row.asDict()), status="lost", message=what, finished_at=datetime.now(UTC))
-        _put(spark, root, run, "old.status = 'running'")  # it may have ended this moment
+        closed = _put(spark, root, run, "old.status = 'running'")
         _lease(spark, root, run.run_id).give_up()
+        if not closed:  # it had ended this moment
+            continue
+        lost.append(run.run_id)
         began = run.started_at.astimezone(UTC)  # read back it is this machine's time, without a zone
         print(f"{run.job}: run {run.run_id}, of {began:%d %b %H:%M} UTC, is closed as lost", flush=True)
     for name in leases.keys() - {row["run_id"] for row in running}:
@@ -210,7 +215,7 @@ def close_lost(spark: SparkSession, root: str) -> list[str]:
     for name in delta.inside(spark, f"{root.rstrip('/')}/_scratch"):
         if not _lease(spark, root, name).held():  # killed between its end and its clearing up
             delta.drop_scratch(spark, root, name)
-    return [row["run_id"] for row in lost]
+    return lost
 
 
 def alive(spark: SparkSession, root: str, model_id: str) -> str | None:

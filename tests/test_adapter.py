@@ -6,14 +6,18 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyspark.sql import SparkSession
 
 import demo.model
+from partitioner import models
 from tests.conftest import REPO
 from tests.models import tiny_model
+from tests.pairs import scoring
 from udfs import adapter
 from udfs.model import inspect, weights_hash
 from udfs.prompt import load
@@ -36,6 +40,20 @@ def test_the_shipped_adapter_is_small_whole_and_that_of_its_base_and_prompt() ->
     prompt = load(str(folder / "prompt.json"), base.tokenizer_json, base.vocab_size)
     assert (told["base"], told["base_hash"], told["prompt_id"]) == ("demo-base", base.weights_hash, prompt.prompt_id)
     assert (told["stage"], told["order"], len(told["merged_hash"])) == ("grpo", "post", 64)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_merged_folder_is_registered_as_its_adapters(
+    spark: SparkSession, root: str, tmp_path: Path, known: bool
+) -> None:
+    """However it was named: what its training learnt from lies there, and a later stage goes on with the adapter."""
+    (whole := tmp_path / "sft" / adapter.MERGED).mkdir(parents=True)
+    (tmp_path / "sft" / adapter.CONFIG).write_text("{}")
+    model = replace(scoring().model, path=str(whole), source=str(whole))
+    if known:
+        models.register(spark, root, model, "sft", f"{tmp_path}/../{tmp_path.name}/sft")
+    models.register(spark, root, model, "external")
+    assert models.registered(spark, root, model.model_id)[0] == str(tmp_path / "sft")
 
 
 def adapted(base: Path, folder: Path, **changes: Any) -> Any:

@@ -126,6 +126,7 @@ def test_a_wrong_word_of_a_later_job_stops_all_before_the_first_begins(
 def test_a_model_that_an_earlier_job_makes_need_not_be_there_yet(tmp_path: Path) -> None:
     args = argparse.Namespace(model=str(tmp_path / "sft"))
     jobs.look_ahead(args, made=[str(tmp_path / "sft")])
+    jobs.look_ahead(argparse.Namespace(model=f"{tmp_path}/../{tmp_path.name}/sft"), made=[str(tmp_path / "sft")])
     with pytest.raises(ValueError, match="sft"):
         jobs.look_ahead(args)
 

@@ -147,7 +147,7 @@ def preferred(answers: Form) -> list[dict[str, Any]]:
 
 def test_dpo_prefers_the_right_answers(answers: Form, taught: Path, tmp_path: Path) -> None:
     how = settings(taught, tmp_path / "dpo", "dpo", epochs=3, learning_rate=5e-4)
-    run(how, preferred(answers))
+    run(how, preferred(answers), label_at=0)
     steps = [entry for entry in log(tmp_path / "dpo") if "rewards/margins" in entry]
     assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert steps[-1]["rewards/margins"] > 0.1
@@ -176,7 +176,7 @@ def test_activations_that_are_computed_twice_give_the_same_weights(
 
     for stage, parent, rows, more in (
         ("sft", base, lessons(answers), {"label_at": 0}),
-        ("dpo", taught, preferred(answers), {}),
+        ("dpo", taught, preferred(answers), {"label_at": 0}),
     ):
         assert trained(stage, parent, rows, True, **more) == trained(stage, parent, rows, False, **more)
 
@@ -327,8 +327,10 @@ def test_a_group_whose_labels_are_all_alike_is_put_back_and_another_pair_drawn_i
         assert set(pairs) == {0, 1, 2}
 
 
-def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_path: Path) -> None:
-    """Rafailov et al. 2023 (arXiv 2305.18290), equation 7, and 0.2 of the chosen answers' mean NLL a token."""
+@pytest.mark.parametrize("label_weight", [1, 5])
+def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_path: Path, label_weight: int) -> None:
+    """Rafailov et al. 2023 (arXiv 2305.18290), equation 7, with the label's own gain so many times, and 0.2 of the
+    chosen answers' mean NLL a token."""
     import torch
 
     rows = []
@@ -336,8 +338,9 @@ def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_
         rejected = answers.target(LABELS[(number + 1) % 4], "No. So Related.")
         prompt = [*lesson["root"], *lesson["rest"]]
         rows.append({"pair_id": str(number), "prompt": prompt, "chosen": lesson["answer"], "rejected": rejected})
-    how = settings(taught, tmp_path / "dpo", "dpo", epochs=3, learning_rate=1e-3, beta=0.3, checkpoint_every=1)
-    run(how, rows)
+    changes = {"epochs": 3, "learning_rate": 1e-3, "beta": 0.3, "checkpoint_every": 1, "label_weight": label_weight}
+    how = settings(taught, tmp_path / "dpo", "dpo", **changes)
+    run(how, rows, label_at=0)
     # The first step only warms up: it moves nothing.
     logged = next(entry["loss"] for entry in log(tmp_path / "dpo") if entry["step"] == 3)
 
@@ -351,9 +354,10 @@ def test_dpos_loss_is_the_formula_of_its_paper(answers: Form, taught: Path, tmp_
     margins, nll, tokens = [], 0.0, 0
     with torch.no_grad():
         for row in rows:
-            gain = {
-                side: logp(policy, row, side).sum() - logp(taught, row, side).sum() for side in ("chosen", "rejected")
-            }
+            gain = {}
+            for side in ("chosen", "rejected"):
+                each = logp(policy, row, side) - logp(taught, row, side)
+                gain[side] = label_weight * each[0] + each[1:].sum()
             margins.append(0.3 * (gain["chosen"] - gain["rejected"]))
             nll -= float(logp(policy, row, "chosen").sum())
             tokens += len(row["chosen"])
@@ -413,7 +417,7 @@ def a_stage(stage: str, answers: Form) -> tuple[list[dict[str, Any]], dict[str, 
     """The rows of a stage, changes of its settings, and what it is told beside them."""
     rows = lessons(answers)
     if stage == "dpo":
-        return preferred(answers), {"learning_rate": 1e-3}, {}
+        return preferred(answers), {"learning_rate": 1e-3}, {"label_at": 0}
     if stage == "grpo":
         rows = [{**row, "label": LABELS[n % 4], "rate": 0.5} for n, row in enumerate(rows)]
         return rows, {"learning_rate": 1e-3, "groups": 2, "group": 4, "max_tokens": 12}, {"form": answers}
@@ -645,6 +649,16 @@ def test_more_processes_than_the_driver_has_gpus_are_refused(
     monkeypatch.setattr(train, "has_gpu", lambda: True)
     with pytest.raises(ValueError, match="--processes 8: the driver was given 0 GPUs; say --processes 1"):
         train.launch(settings(base, tmp_path), 8, label_at=0)
+
+
+@pytest.mark.usefixtures("spark")
+@pytest.mark.parametrize(("of_a_task", "processes"), [(0.25, 1), (0.25, 2), (2, 1), (2, 3)])
+def test_processes_that_the_gpus_of_a_task_do_not_go_into_are_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_a_task: float, processes: int
+) -> None:
+    monkeypatch.setattr(train, "gpus_of_a_task", lambda: of_a_task)
+    with pytest.raises(ValueError, match=rf"--processes {processes}: each task has {of_a_task} GPUs .*; say 1 there"):
+        train.launch(settings(base, tmp_path), processes, on_cluster=True, label_at=0)
 
 
 def test_what_could_not_be_merged_is_refused_before_it_is_trained(base: Path) -> None:

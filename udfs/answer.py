@@ -87,6 +87,11 @@ class Form:
     reserved: frozenset[int] = field(repr=False)
     tokenizer_json: str = field(repr=False)
 
+    @property
+    def label_at(self) -> int:
+        """Where in the ids of an answer its label stands; behind it is its chain, or its end."""
+        return -2 if self.order == "pre" else 0
+
     def target(self, label: int, chain: str | None) -> list[int]:
         """The ids that follow the prompt where `label` and `chain` (None: no reasoning) are the right answer."""
         token = self.label_ids[LABELS.index(label)]

@@ -15,9 +15,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from schemas import tables
+from schemas.canonical import TEXTS
 from udfs.prompt import Part, Prompt, Renderer, renderer
 
-PRODUCT_TEXT = ("title", "brand", "description", "attributes", "category")
 _shipped: dict[tuple[str, str], Broadcast[Prompt]] = {}
 _PARTS = pa.struct([("ids", pa.list_(pa.int32())), ("cut", pa.int32())])
 
@@ -30,9 +30,9 @@ def rendered(pairs: DataFrame, prompt: Prompt) -> DataFrame:
     and `portion`, where the pairs have it.
     """
     held = shipped(pairs.sparkSession, prompt)
-    keyed = pairs.withColumn("product_key", tables.product_hash(*(F.col(c) for c in PRODUCT_TEXT)))
+    keyed = pairs.withColumn("product_key", tables.product_hash(*map(F.col, TEXTS)))
     products = (
-        keyed.select("product_key", *PRODUCT_TEXT)
+        keyed.select("product_key", *TEXTS)
         .dropDuplicates(["product_key"])
         .mapInArrow(_tokenise(held, _product), "product_key STRING, product STRUCT<ids: ARRAY<INT>, cut: INT>")
     )
@@ -61,7 +61,7 @@ def rendered(pairs: DataFrame, prompt: Prompt) -> DataFrame:
 
 def product_text(row: Mapping[str, Any]) -> dict[str, Any]:
     """The product's text in a row, by the names that `Renderer.product` takes; what the row lacks is None."""
-    return {name: row.get(name) for name in PRODUCT_TEXT}
+    return {name: row.get(name) for name in TEXTS}
 
 
 def _product(renderer: Renderer, row: dict[str, Any]) -> Part:

@@ -53,7 +53,7 @@ def rolled_out(
             numbers = [i for i in numbers if i not in {n for n, _ in kept}]
             if not numbers:
                 continue
-            firsts = first_tokens(model, [(*rows[i].root, *rows[i].rest) for i in numbers], difficulty.group)
+            firsts = first_tokens(model, [rows[i].prompt for i in numbers], difficulty.group)
             for i, first in zip(numbers, firsts, strict=True):
                 rights = sum(token == rows[i].answer[0] for token in first)
                 has_spread = 0 < rights < difficulty.group
@@ -70,7 +70,7 @@ def rolled_out(
         chosen = found[:groups]
         while len(chosen) < groups:  # fewer pairs than groups
             chosen.append(found[len(chosen) % len(found)])
-        prompts = [(*rows[i].root, *rows[i].rest) for i, _ in chosen]
+        prompts = [rows[i].prompt for i, _ in chosen]
         written = continued(model, prompts, [firsts for _, firsts in chosen], form.end_ids, tokens)
     model.train()
     return Rollout([(i, answers) for (i, _), answers in zip(chosen, written, strict=True)], drawn, without)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from schemas.labels import LABELS
+from schemas.runs import Unmet
 from udfs.decode import label_probs
 from udfs.engine import Engine, EngineSettings, load
 from udfs.model import Model
@@ -31,10 +32,14 @@ NOISE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 0.2}
 # Of the prompts' own largest |Δp| the mean (0.005 there): what is a little wrong everywhere shows here first.
 MEAN_NOISE = {"float32": 2e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
-# alone: p of labels 4, 3, 2, 1 of each prompt, asked one by one and uncached.
-SCHEMA = (
-    "self_check_dp DOUBLE, mean_dp DOUBLE, canaries_dp DOUBLE, canaries_mean_dp DOUBLE, tokens_per_second DOUBLE, "
-    "alone ARRAY<ARRAY<DOUBLE>>, dtype STRING, engine_version STRING, attempt INT"
+SCHEMA = pa.schema(
+    [
+        *[pa.field(name, pa.float64()) for name in ("self_check_dp", "mean_dp", "canaries_dp", "canaries_mean_dp")],
+        pa.field("tokens_per_second", pa.float64()),
+        pa.field("alone", pa.list_(pa.list_(pa.float64()))),  # p of each prompt, asked one by one and uncached
+        *[pa.field(name, pa.string()) for name in ("dtype", "engine_version")],
+        pa.field("attempt", pa.int32()),
+    ]
 )
 
 
@@ -125,26 +130,15 @@ def checker(
                 "attempt": attempt,
             }
             engine.forget()
-            yield pa.RecordBatch.from_pylist([row], schema=_SCHEMA)
+            yield pa.RecordBatch.from_pylist([row], schema=SCHEMA)
 
     return check
-
-
-_SCHEMA = pa.schema(
-    [
-        *[pa.field(name, pa.float64()) for name in ("self_check_dp", "mean_dp", "canaries_dp", "canaries_mean_dp")],
-        pa.field("tokens_per_second", pa.float64()),
-        pa.field("alone", pa.list_(pa.list_(pa.float64()))),
-        *[pa.field(name, pa.string()) for name in ("dtype", "engine_version")],
-        pa.field("attempt", pa.int32()),
-    ]
-)
 
 
 def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:
     """Prompts and expected p (labels 4, 3, 2, 1) of the model folder's canaries.json; empty where it has none.
 
-    The file: a list of objects with query, title, whatever else of the product, and `p`. Raises ValueError.
+    The file: a list of objects with query, title, whatever else of the product, and `p`. Raises Unmet.
     """
     if model.canaries_file is None:
         return []
@@ -158,7 +152,7 @@ def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]
                 raise ValueError(f"p = {p}")
             expected.append((render.join(product, render.query(canary["query"])), p))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise Unmet(
             f"{model.canaries_file}: {error!r}; each entry needs query, title, and p (four probabilities of "
             "labels 4, 3, 2, 1, that sum to 1). Mend the file or remove it."
         ) from error

@@ -51,9 +51,10 @@ class TrainSettings:
     stage: sft, dpo or grpo. base: folder of whole weights. adapter: folder of the LoRA adapter that is trained on, or
     None for a new one. out: folder that is made. full: train all weights. rank: of a new adapter; its alpha is twice
     that. batch_tokens: tokens of one sequence (a forest). accumulate: sequences in one optimizer step and process.
-    label_weight: how many times a label token counts in the loss of SFT beside a token of its chain, of which there are
-    thirty. balance: the power of (mean count / own count) by which tokens of rarer labels count more: 0 is off, with 1
-    all labels weigh alike. beta: weight of the KL term (GRPO) or DPO's beta. seed: of weights, order and samples.
+    label_weight: how many times a label token counts in the loss of SFT, and in what DPO prefers, beside a token of its
+    chain, of which there are thirty. balance: the power of (mean count / own count) by which tokens of rarer labels
+    count more: 0 is off, with 1 all labels weigh alike. beta: weight of the KL term (GRPO) or DPO's beta. seed: of
+    weights, order and samples.
     """
 
     stage: str
@@ -104,7 +105,7 @@ class TrainSettings:
 _OF_ALL = ("stage", "full", "rank", "learning_rate", "seed", "dtype", "gradient_checkpointing", "checkpoint_every")
 _OF = {
     "sft": ("epochs", "accumulate", "batch_tokens", "label_weight", "balance"),
-    "dpo": ("epochs", "accumulate", "beta"),
+    "dpo": ("epochs", "accumulate", "beta", "label_weight"),
     "grpo": (
         "batch_tokens", "beta", "steps", "groups", "group", "max_tokens", "generated_tokens", "refresh", "rewards",
         "uniform",
@@ -170,7 +171,13 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     processes that do not go with the GPUs there are.
     """
     of_a_task = gpus_of_a_task() if on_cluster else 0.0
-    if processes == 1 and (of_a_task != 1 or has_gpu()):
+    here = processes == 1 and (not of_a_task or has_gpu())
+    if of_a_task and not here and (of_a_task % 1 or processes % of_a_task):
+        raise Unmet(
+            f"--processes {processes}: each task has {of_a_task:g} GPUs (spark.task.resource.gpu.amount), and each "
+            "process wants one; say 1 there"
+        )
+    if here:
         # The trainer would want as many processes as there are GPUs.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         return stage(settings, **more)
@@ -189,11 +196,6 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
                 f"it more (--conf {_GPUS_OF_DRIVER}=N, and a spark.driver.resource.gpu.discoveryScript that names them)"
             )
         return TorchDistributor(processes, local_mode=True, use_gpu=use_gpu).run(stage, settings, **more) or {}
-    if of_a_task and processes % of_a_task:
-        raise Unmet(
-            f"--processes {processes}: each task has {of_a_task:g} GPUs (spark.task.resource.gpu.amount), and each "
-            "process wants one; say 1 there"
-        )
     # A task of a training says nothing until it is over; Spark would end it after half an hour.
     ends_idle = "spark.sql.execution.pyspark.udf.killOnIdleTimeout"
     spark.conf.set(ends_idle, "false")
@@ -380,11 +382,13 @@ def label_weights(labels: Iterable[tuple[int, float]], settings: TrainSettings) 
     return {token: settings.label_weight * (mean / count) ** settings.balance for token, count in counts.items()}
 
 
-def dpo(settings: TrainSettings, data: Sequence[dict[str, Any]]) -> dict[str, float]:
+def dpo(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) -> dict[str, float]:
     """Direct preference optimisation on right against wrong answers of one prompt (TaoSR1, section 3.2).
 
-    `data`: prompt, chosen and rejected, as token ids. The reference is the parent as it was. The chosen answers' own
-    likelihood stays in the loss with a small weight: DPO alone may lower both, the rejected one faster.
+    `data`: prompt, chosen and rejected, as token ids. `label_at`: where in an answer its label token stands. The
+    reference is the parent as it was. The chosen answers' own likelihood stays in the loss with a small weight: DPO
+    alone may lower both, the rejected one faster. With the label first a wrong answer's chain argues for its label as
+    was taught, and making it less likely unteaches that: `label_weight` lets the label carry the preference.
     """
     import torch
     from datasets import Dataset
@@ -408,8 +412,12 @@ def dpo(settings: TrainSettings, data: Sequence[dict[str, Any]]) -> dict[str, fl
                     adapted = self.accelerator.unwrap_model(model)
                     with use_adapter(adapted, "ref" if "ref" in adapted.peft_config else None):
                         reference = logprobs(model, groups, 1.0)
+            more = settings.label_weight - 1  # the label's gain counts so much beyond its part of the answer's
             gains = torch.stack(
-                [own.sum() - other.sum() for own, (other, _) in zip(policy_logps, reference, strict=True)]
+                [
+                    gain.sum() + more * gain[label_at]
+                    for gain in (own - other for own, (other, _) in zip(policy_logps, reference, strict=True))
+                ]
             )
             chosen, rejected = settings.beta * gains[0::2], settings.beta * gains[1::2]
             nll = -torch.cat(policy_logps[0::2]).mean()
@@ -507,7 +515,7 @@ def grpo(settings: TrainSettings, data: Sequence[dict[str, Any]], form: Form) ->
         output: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "label": []}
         for number, answers in groups.answers:
             for ids in answers:
-                output["prompt_ids"].append([*rows[number].root, *rows[number].rest])
+                output["prompt_ids"].append(list(rows[number].prompt))
                 output["completion_ids"].append(ids)
                 output["label"].append(data[number]["label"])
         output["logprobs"] = None  # type: ignore[assignment]  # the policy that samples is the one that learns
