@@ -1,8 +1,9 @@
-"""Does it scale: with executors, with the number of pairs, with commits?
+"""Does it scale: with executors, with the number of pairs, with commits, with writers?
 
 python -m bench.scaling executors [--pairs 30000]           (a standalone cluster of one worker, then of two)
 python -m bench.scaling pairs [--sizes 10000 100000 1000000]
 python -m bench.scaling commits [--count 1440]              (a day of a stream that commits a row a minute)
+python -m bench.scaling writers [--count 200]               (so many waves of each of two drivers at once)
 
 executors: a backfill with an engine that needs no model and takes a fixed time a token (it sleeps, so two of them fit
 on one core). Printed is the time of the waves with one and with two executors, and their ratio.
@@ -13,6 +14,11 @@ Spark's tasks run too. Nothing is scored.
 
 commits: so many waves of one row into `label_probs`, and as many writes of their run's row, as a stream with
 --every "1 minute" makes them: the most files that either table had, and the seconds of the first and last commits.
+
+writers: two drivers, each a process with a Spark of its own, merge waves of 20 of their 100 pairs into one
+`label_probs` as fast as they can; half of the pairs are both drivers'. Meanwhile delta-rs, DuckDB and Polars read it
+again and again. Every version of the table and every read are held against the invariants of docs/operations.md, the
+last one against the newest wave of each pair.
 """
 
 from __future__ import annotations
@@ -20,11 +26,17 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import random
 import resource
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +80,25 @@ def load_paced(settings: EngineSettings) -> Engine:
     return _loaded[settings]
 
 
-def main() -> None:
-    """Measures the one or the other."""
+def main() -> int:
+    """Measures the one or the other; returns 1 where an invariant was broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("executors", "pairs", "commits"))
+    parser.add_argument("what", choices=("executors", "pairs", "commits", "writers"))
     parser.add_argument("--pairs", type=int, default=30_000)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--count", type=int, default=1440)
+    parser.add_argument("--count", type=int, help="of commits, or of a writer's waves")
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = str(REPO)  # of the workers
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "executors":
             executors(Path(folder), args.pairs)
         elif args.what == "commits":
-            day(folder, args.count)
+            day(folder, args.count or 1440)
+        elif args.what == "writers":
+            return writers(folder, args.count or 200)
         else:
             sizes(Path(folder), args.sizes)
+    return 0
 
 
 def executors(folder: Path, pairs: int) -> None:
@@ -145,6 +160,115 @@ def commits(spark: Any, root: str, count: int) -> tuple[list[float], dict[str, i
             most = {name: max(files, delta.size(spark, root, name)[0]) for name, files in most.items()}
     runs.finish(spark, root, replace(run, waves=count), "done")
     return took, most
+
+
+def writers(folder: str, count: int) -> int:
+    """Lets two drivers write and three kinds of readers read; prints what was found, returns 1 for a breach."""
+    from schemas import delta
+    from tests import invariants
+
+    spark = delta.session("scaling")
+    delta.prepare(spark, folder, new=True)
+    spark.stop()
+    ended, reads = threading.Event(), Counter[str]()
+    breaches: list[str] = []
+
+    def look(name: str, read: Callable[[str], list[dict[str, Any]]]) -> None:
+        most = 0
+        while not ended.is_set():
+            try:
+                rows = read(f"{folder}/label_probs")
+            except Exception as error:
+                breaches.append(f"{name}: {error!r}")
+                break
+            found = invariants.one_row_a_key(rows) + invariants.simplex_or_null(rows)
+            if len(rows) < most:
+                found.append(f"{most} rows, then {len(rows)}")
+            most = max(most, len(rows))
+            reads[name] += 1
+            breaches.extend(f"{name}: {breach}" for breach in found)
+            ended.wait(1.0)
+
+    readers = [threading.Thread(target=look, args=reader) for reader in READERS.items()]
+    for reader in readers:
+        reader.start()
+    with ProcessPoolExecutor(DRIVERS, mp_context=get_context("spawn")) as processes:
+        took = list(processes.map(writer, [folder] * DRIVERS, range(DRIVERS), [count] * DRIVERS))
+    ended.set()
+    for reader in readers:
+        reader.join()
+    breaches += invariants.audit(folder)
+    last = {row["pair_id"]: row["pairs_version"] for row in invariants.table(folder, "label_probs")}
+    newest: dict[str, int] = {}
+    for number in range(count):
+        newest |= {row["pair_id"]: number for driver in range(DRIVERS) for row in wave(driver, number)}
+    breaches += [
+        f"{pair}: {last.get(pair)}, not {number}" for pair, number in newest.items() if last.get(pair) != number
+    ]
+    few = max(1, min(20, count // 4))
+    for driver, seconds in enumerate(took):
+        first, then = sum(seconds[:few]) / few, sum(seconds[-few:]) / few
+        print(f"driver {driver}: {count:,} waves; a commit took {first:.2f} s at first, {then:.2f} s at last")
+    told = ", ".join(f"{number:,} by {name}" for name, number in reads.items())
+    print(f"reads meanwhile: {told}; pairs: {len(last)}; breaches: {len(breaches)}", *breaches[:20], sep="\n")
+    return int(bool(breaches))
+
+
+def wave(driver: int, number: int) -> list[dict[str, Any]]:
+    """The rows of a driver's wave, always the same ones."""
+    from tests import judged
+
+    drawn = random.Random(f"{driver} {number}")  # noqa: S311 (made-up rows)
+    p = drawn.choice([[0.7, 0.1, 0.1, 0.1], [0.25] * 4, [0.0, 0.0, 0.5, 0.5]])
+    told = {"wave_id": f"w{driver}-{number}", "run_id": f"r{driver}", "pairs_version": number}
+    pairs = drawn.sample(range(SHARED * driver, SHARED * driver + 2 * SHARED), 20)
+    return [judged.scored(pair, "q", p, content_hash=f"{driver} {number}", **told) for pair in pairs]
+
+
+def writer(folder: str, driver: int, count: int) -> list[float]:
+    """One driver's waves; returns the seconds of each commit."""
+    from partitioner.night import NEWER
+    from schemas import delta
+    from tests import judged
+
+    spark, took = delta.session("writer", {"spark.ui.showConsoleProgress": "false"}), []
+    for number in range(count):
+        rows = judged.rows(spark, "label_probs", wave(driver, number))
+        began = time.monotonic()
+        delta.upsert(spark, folder, "label_probs", rows, NEWER)
+        took.append(time.monotonic() - began)
+    spark.stop()
+    return took
+
+
+def by_delta_rs(table: str) -> list[dict[str, Any]]:
+    """All rows, as delta-rs reads them."""
+    from deltalake import DeltaTable
+
+    rows: list[dict[str, Any]] = DeltaTable(table).to_pyarrow_table().to_pylist()
+    return rows
+
+
+def by_duckdb(table: str) -> list[dict[str, Any]]:
+    """All rows, as DuckDB reads them over delta-rs' Arrow."""
+    import duckdb
+    from deltalake import DeltaTable
+
+    with duckdb.connect() as lake:
+        lake.register("label_probs", DeltaTable(table).to_pyarrow_dataset())
+        rows: list[dict[str, Any]] = lake.sql("SELECT * FROM label_probs").to_arrow_table().to_pylist()
+        return rows
+
+
+def by_polars(table: str) -> list[dict[str, Any]]:
+    """All rows, as Polars reads them."""
+    import polars
+
+    return polars.read_delta(table).to_dicts()
+
+
+DRIVERS, SHARED = 2, 50  # pairs that two drivers share; each has as many of its own
+READERS = {"delta-rs": by_delta_rs, "DuckDB": by_duckdb, "Polars": by_polars}
 
 
 def kettles(count: int) -> list[Any]:
@@ -219,4 +343,4 @@ def sizes(folder: Path, wanted: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
