@@ -29,6 +29,7 @@ def rows(seed: int = 0, queries: int = 40, each: int = 10) -> Rows:
     return Rows(p, np.eye(4)[label], np.arange(len(p)) // each, segments)
 
 
+@pytest.mark.slow
 def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession) -> None:
     random = np.random.default_rng(4)
     p = random.dirichlet([0.5] * 4, 3000)

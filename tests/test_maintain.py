@@ -15,6 +15,7 @@ from schemas import delta, runs
 from tests import invariants, judged
 
 
+@pytest.mark.slow
 def test_small_files_are_joined_and_no_row_changes(spark: SparkSession, root: str) -> None:
     for i in range(4):
         judged.fill(spark, root, "label_probs", [judged.scored(i, "q", [0.7, 0.1, 0.1, 0.1])])

@@ -211,6 +211,7 @@ def text_of(spark: SparkSession, root: str, table: str) -> dict[str, str]:
     return {r["pair_id"]: r["content_hash"] for r in delta.read(spark, root, table).collect()}
 
 
+@pytest.mark.slow
 def test_the_model_in_force_is_asked_with_the_prompt_in_force_of_which_the_tables_keep_a_copy(
     spark: SparkSession, root: str, tmp_path: Path
 ) -> None:

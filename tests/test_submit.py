@@ -131,11 +131,16 @@ def test_without_a_master_the_job_runs_here_and_may_try_a_task_four_times(checko
     "options",
     [
         ["--master", "spark://h:1"],
-        ["--master=yarn"],
-        ["--conf", "spark.master=yarn"],
-        ["-c", "spark.master=yarn"],
         ["--conf=spark.master=yarn"],
-        ["--properties-file", "f"],
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (
+                ["--master=yarn"],
+                ["--conf", "spark.master=yarn"],
+                ["-c", "spark.master=yarn"],
+                ["--properties-file", "f"],
+            )
+        ),
     ],
 )
 def test_with_a_master_no_setting_for_one_machine_is_given(checkout: Path, options: list[str]) -> None:
