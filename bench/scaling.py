@@ -192,23 +192,28 @@ def writers(folder: str, count: int) -> int:
     readers = [threading.Thread(target=look, args=reader) for reader in READERS.items()]
     for reader in readers:
         reader.start()
-    with ProcessPoolExecutor(DRIVERS, mp_context=get_context("spawn")) as processes:
-        took = list(processes.map(writer, [folder] * DRIVERS, range(DRIVERS), [count] * DRIVERS))
-    ended.set()
-    for reader in readers:
-        reader.join()
-    breaches += invariants.audit(folder)
-    last = {row["pair_id"]: row["pairs_version"] for row in invariants.table(folder, "label_probs")}
-    newest: dict[str, int] = {}
+    try:
+        with ProcessPoolExecutor(DRIVERS, mp_context=get_context("spawn")) as processes:
+            took = list(processes.map(writer, [folder] * DRIVERS, range(DRIVERS), [count] * DRIVERS))
+    finally:
+        ended.set()
+        for reader in readers:
+            reader.join()
+    breaches += [f"{name} has read nothing" for name in READERS if not reads[name]]
+    breaches += invariants.audit(folder)  # also of how many rows each driver was told that it wrote
+    last = {row["pair_id"]: row["wave_id"] for row in invariants.table(folder, "label_probs")}
+    newest: dict[str, set[str]] = {}
     for number in range(count):
-        newest |= {row["pair_id"]: number for driver in range(DRIVERS) for row in wave(driver, number)}
-    breaches += [
-        f"{pair}: {last.get(pair)}, not {number}" for pair, number in newest.items() if last.get(pair) != number
-    ]
+        both = [row for driver in range(DRIVERS) for row in wave(driver, number)]
+        newest |= {row["pair_id"]: {r["wave_id"] for r in both if r["pair_id"] == row["pair_id"]} for row in both}
+    breaches += [f"{pair} is of {last.get(pair)}, not of {w}" for pair, w in newest.items() if last.get(pair) not in w]
     few = max(1, min(20, count // 4))
     for driver, seconds in enumerate(took):
         first, then = sum(seconds[:few]) / few, sum(seconds[-few:]) / few
-        print(f"driver {driver}: {count:,} waves; a commit took {first:.2f} s at first, {then:.2f} s at last")
+        print(
+            f"driver {driver}: {count:,} waves; a commit, with the wait for the other driver's, took {first:.2f} s at "
+            f"first, {then:.2f} s at last"
+        )
     told = ", ".join(f"{number:,} by {name}" for name, number in reads.items())
     print(f"reads meanwhile: {told}; pairs: {len(last)}; breaches: {len(breaches)}", *breaches[:20], sep="\n")
     return int(bool(breaches))
@@ -231,12 +236,15 @@ def writer(folder: str, driver: int, count: int) -> list[float]:
     from schemas import delta
     from tests import judged
 
-    spark, took = delta.session("writer", {"spark.ui.showConsoleProgress": "false"}), []
+    spark, took, told = delta.session("writer", {"spark.ui.showConsoleProgress": "false"}), [], 0
+    run, mine = f"r{driver}", {"model_id": judged.MODEL, "prompt_id": judged.PROMPT}
     for number in range(count):
-        rows = judged.rows(spark, "label_probs", wave(driver, number))
+        rows = delta.land(spark, folder, run, "wave", judged.rows(spark, "label_probs", wave(driver, number)))
         began = time.monotonic()
-        delta.upsert(spark, folder, "label_probs", rows, NEWER)
+        written = delta.upsert(spark, folder, "label_probs", rows, NEWER, mine)
         took.append(time.monotonic() - began)
+        told += written["inserted"] + written["updated"]
+    judged.fill(spark, folder, "runs", [judged.run(run) | {"figures": {"rows_written": float(told)}}])
     spark.stop()
     return took
 

@@ -264,7 +264,10 @@ class Waves(ABC):
             self._rate = self._checked = metrics.get(f"tokens_per_second {about}", 0.0)
             self.known = [Canary(**canary) for canary in json.loads(config.get(f"canaries {about}", "[]"))]
             return
-        known = selfcheck.canaries(what.model, what.prompt)
+        try:
+            known = selfcheck.canaries(what.model, what.prompt)
+        except ValueError as error:
+            raise runs.Unmet(str(error)) from error
         if (longest := max((len(ids) for ids, _ in known), default=0)) >= what.settings.max_model_len:
             raise runs.Unmet(
                 f"{what.model.canaries_file} has a prompt of {longest:,} tokens, and --max-model-len is "

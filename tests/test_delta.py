@@ -48,11 +48,11 @@ def judged(spark: SparkSession, **changed: Any) -> Any:
         pytest.param({"p_excellent": 1.7}, id="above one", marks=pytest.mark.slow),
         pytest.param({"p_excellent": 0.6}, id="sum not one"),
         pytest.param({"p_excellent": None}, id="one missing", marks=pytest.mark.slow),
-        pytest.param({"p_excellent": float("nan")}, id="not a number"),
+        pytest.param({"p_excellent": float("nan")}, id="not a number", marks=pytest.mark.slow),
         pytest.param({"p_outside": None}, id="no outside mass", marks=pytest.mark.slow),
         pytest.param({"outcome": "too_long"}, id="refused with p"),
-        pytest.param({"outcome": "guessed"} | dict.fromkeys(P_COLUMNS), id="unknown", marks=pytest.mark.slow),
-        pytest.param({"pair_id": None}, id="no key", marks=pytest.mark.slow),
+        pytest.param({"outcome": "guessed"} | dict.fromkeys(P_COLUMNS), id="unknown"),
+        pytest.param({"pair_id": None}, id="no key"),
     ],
 )
 def test_no_writer_can_break_the_rules_of_label_probs(spark: SparkSession, root: str, broken: dict[str, Any]) -> None:

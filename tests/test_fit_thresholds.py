@@ -29,8 +29,18 @@ def rows(seed: int = 0, queries: int = 40, each: int = 10) -> Rows:
     return Rows(p, np.eye(4)[label], np.arange(len(p)) // each, segments)
 
 
-@pytest.mark.slow
-def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession) -> None:
+FITS = (
+    ("boundary", Objective("kappa"), 4096),
+    ("one", Objective(), 4096),
+    ("one", Objective("kappa"), 4096),
+    ("boundary", Objective(), 20_000),
+    ("boundary", Objective(), 64),
+    ("boundary", Objective("recall", label=4), 4096),
+)
+
+
+@pytest.mark.parametrize("some", [FITS[:1], pytest.param(FITS[1:], marks=pytest.mark.slow)], ids=["one", "others"])
+def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession, some: list[tuple[Any, Objective, int]]) -> None:
     random = np.random.default_rng(4)
     p = random.dirichlet([0.5] * 4, 3000)
     p[:500] = np.round(p[:500] * 4) / 4  # ties, zeros and ones
@@ -42,14 +52,7 @@ def test_spark_finds_the_cuts_that_numpy_finds(spark: SparkSession) -> None:
     here = Values(c).cuts(weights)
     with closing(thresholds.Spread(frame, 3)) as pieces:
         assert len(pieces.each(lambda piece: [0.0])) == 3
-        for rule, objective, cuts in (
-            ("one", Objective(), 4096),
-            ("one", Objective("kappa"), 4096),
-            ("boundary", Objective("kappa"), 4096),
-            ("boundary", Objective(), 20_000),
-            ("boundary", Objective(), 64),
-            ("boundary", Objective("recall", label=4), 4096),
-        ):
+        for rule, objective, cuts in some:
             required = (Requirement("precision", 4, 0.5),)
             found, expected = (fit(each, rule, objective, required, cuts) for each in (pieces, here))
             same = (expected.taus, expected.lows, expected.highs, expected.value)

@@ -211,7 +211,6 @@ def test_each_read_sees_exactly_one_whole_version_in_every_commit(spark: SparkSe
         assert len({row["version"] for row in rows if row["status"] == "active"}) == (1 if rows else 0)
 
 
-@pytest.mark.slow
 def test_a_pair_without_a_probability_has_no_tier(spark: SparkSession, root: str) -> None:
     scored_tables(spark, root, cuts(1, LOW, "active"))
     fill(spark, root, "pairs", [pair(90, "long")])

@@ -161,7 +161,6 @@ def test_a_run_that_was_closed_as_lost_beside_its_driver_stays_so_and_its_driver
     assert "another driver took this one for dead" in (night.asked_to_stop() or "")
 
 
-@pytest.mark.slow
 def test_a_second_driver_is_refused_where_neither_would_see_the_others_commits(
     spark: SparkSession, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,8 @@ def test_a_draw_that_failed_goes_on_where_it_stopped_under_its_own_run(
     (failed,) = delta.read(spark, root, "runs").where("status = 'failed'").collect()
     run = sample.sample(spark, root, scoring(), FORM, ASKED)
     assert run.run_id == failed["run_id"]
+    assert run.engine_loads == failed["engine_loads"] + 1
+    assert 0 < run.figures["seconds_other"] < run.figures["seconds_total"]
     assert run.counts == {"seen": 40, "skipped": kept, "sampled": 40 - kept, "refused": 0}
     rows = samples(spark, root)
     assert len(rows) == len({(r["pair_id"], r["sample"]) for r in rows}) == 40 * 6

@@ -65,6 +65,7 @@ def settings(base: Path, out: Path, stage: str = "sft", **changes: Any) -> Train
         "learning_rate": 3e-3,
         "batch_tokens": 256,
         "accumulate": 1,
+        "label_weight": 1.0 if stage == "dpo" else 4.0,  # as the jobs' flags
     } | changes
     return TrainSettings(stage=stage, base=str(base), out=str(out), **told)
 
@@ -657,6 +658,7 @@ def test_processes_that_the_gpus_of_a_task_do_not_go_into_are_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_a_task: float, processes: int
 ) -> None:
     monkeypatch.setattr(train, "gpus_of_a_task", lambda: of_a_task)
+    monkeypatch.setattr(train, "has_gpu", lambda: False)
     with pytest.raises(ValueError, match=rf"--processes {processes}: each task has {of_a_task} GPUs .*; say 1 there"):
         train.launch(settings(base, tmp_path), processes, on_cluster=True, label_at=0)
 

@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 
 from schemas.labels import LABELS
-from schemas.runs import Unmet
 from udfs.decode import label_probs
 from udfs.engine import Engine, EngineSettings, load
 from udfs.model import Model
@@ -138,7 +137,7 @@ def checker(
 def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]]:
     """Prompts and expected p (labels 4, 3, 2, 1) of the model folder's canaries.json; empty where it has none.
 
-    The file: a list of objects with query, title, whatever else of the product, and `p`. Raises Unmet.
+    The file: a list of objects with query, title, whatever else of the product, and `p`. Raises ValueError.
     """
     if model.canaries_file is None:
         return []
@@ -152,7 +151,7 @@ def canaries(model: Model, prompt: Prompt) -> list[tuple[list[int], list[float]]
                 raise ValueError(f"p = {p}")
             expected.append((render.join(product, render.query(canary["query"])), p))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Unmet(
+        raise ValueError(
             f"{model.canaries_file}: {error!r}; each entry needs query, title, and p (four probabilities of "
             "labels 4, 3, 2, 1, that sum to 1). Mend the file or remove it."
         ) from error

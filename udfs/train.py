@@ -171,13 +171,7 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
     processes that do not go with the GPUs there are.
     """
     of_a_task = gpus_of_a_task() if on_cluster else 0.0
-    here = processes == 1 and (not of_a_task or has_gpu())
-    if of_a_task and not here and (of_a_task % 1 or processes % of_a_task):
-        raise Unmet(
-            f"--processes {processes}: each task has {of_a_task:g} GPUs (spark.task.resource.gpu.amount), and each "
-            "process wants one; say 1 there"
-        )
-    if here:
+    if processes == 1 and (not of_a_task or has_gpu()):
         # The trainer would want as many processes as there are GPUs.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         return stage(settings, **more)
@@ -196,6 +190,11 @@ def launch(settings: TrainSettings, processes: int, on_cluster: bool = False, **
                 f"it more (--conf {_GPUS_OF_DRIVER}=N, and a spark.driver.resource.gpu.discoveryScript that names them)"
             )
         return TorchDistributor(processes, local_mode=True, use_gpu=use_gpu).run(stage, settings, **more) or {}
+    if of_a_task and (of_a_task % 1 or processes % of_a_task):
+        raise Unmet(
+            f"--processes {processes}: each task has {of_a_task:g} GPUs (spark.task.resource.gpu.amount), and each "
+            "process wants one; say 1 there"
+        )
     # A task of a training says nothing until it is over; Spark would end it after half an hour.
     ends_idle = "spark.sql.execution.pyspark.udf.killOnIdleTimeout"
     spark.conf.set(ends_idle, "false")
@@ -388,7 +387,7 @@ def dpo(settings: TrainSettings, data: Sequence[dict[str, Any]], label_at: int) 
     `data`: prompt, chosen and rejected, as token ids. `label_at`: where in an answer its label token stands. The
     reference is the parent as it was. The chosen answers' own likelihood stays in the loss with a small weight: DPO
     alone may lower both, the rejected one faster. With the label first a wrong answer's chain argues for its label as
-    was taught, and making it less likely unteaches that: `label_weight` lets the label carry the preference.
+    was taught, and making it less likely may unteach that: `label_weight` lets the label carry the preference.
     """
     import torch
     from datasets import Dataset
