@@ -42,7 +42,7 @@ def test_the_shipped_adapter_is_small_whole_and_that_of_its_base_and_prompt() ->
     assert (told["stage"], told["order"], len(told["merged_hash"])) == ("grpo", "post", 64)
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_merged_folder_is_registered_as_its_adapters(
     spark: SparkSession, root: str, tmp_path: Path, known: bool
 ) -> None:

@@ -274,6 +274,7 @@ def test_all_formats_bring_the_same_rows_and_a_folder_may_mix_them(
     assert stored(spark, again)["p9", "query 9"]["weight"] == 7.5
 
 
+@pytest.mark.slow
 def test_a_changed_row_alone_is_rewritten_and_its_product_follows_in_pairs_that_the_file_does_not_name(
     spark: SparkSession, root: str, take: Ingest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,6 @@ def test_what_cannot_be_trusted_is_refused_with_a_sentence(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_model_that_judges_nothing_is_refused_by_both_gates_and_takes_no_published_row_away(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,7 @@ def samples(spark: SparkSession, root: str) -> list[dict[str, Any]]:
     return [r.asDict() for r in delta.read(spark, root, "samples").join(pairs, "pair_id", how="inner").collect()]
 
 
+@pytest.mark.slow
 def test_every_train_pair_gets_its_own_samples_judged_against_gold_and_no_pair_of_a_held_out_query_is_asked(
     spark: SparkSession, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
