@@ -33,7 +33,7 @@ from udfs.model import Model, inspect, weights_hash
 from udfs.prompt import Prompt
 from udfs.prompt import load as load_prompt
 from udfs.render import rendered
-from udfs.train import DATA, TrainSettings, data_hash, draw, gpus_of_a_task, has_gpu, land, launch, leave
+from udfs.train import DATA, TrainSettings, draw, gpus_of_a_task, has_gpu, land, launch, leave
 
 JOB = "train_sft"
 
@@ -357,6 +357,8 @@ def train(
         Path(how.out).mkdir(parents=True, exist_ok=True)
         with alone_in(how.out):
             chosen = {"order": lesson.form.order, "prompt_id": lesson.prompt.prompt_id, **chosen_rows(args)}
+            hashes = {"parent": lesson.parent.weights_hash, "base": lesson.base_hash}
+            data_hash, is_this = land(how, data, args.processes, chosen, **hashes)
             recipe = {
                 "stage": how.stage,
                 "base": lesson.base_name,
@@ -365,12 +367,10 @@ def train(
                 "prompt_id": lesson.prompt.prompt_id,
                 "order": lesson.form.order,
                 "trained_on": sorted({*lesson.trained_on, *sources(spark, args)}),
-                "data_hash": land(
-                    how, data, args.processes, chosen, parent=lesson.parent.weights_hash, base=lesson.base_hash
-                ),
+                "data_hash": data_hash,
                 "settings": {**how.recipe(), "processes": args.processes, **chosen_rows(args)},
             }
-            if recipe["data_hash"] == data_hash(data):
+            if is_this:
                 landed()
             else:
                 refuse_held_out(spark, args.tables, Path(how.out) / DATA, "begin anew under another --out")

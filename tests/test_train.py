@@ -627,7 +627,7 @@ def test_the_newest_checkpoint_that_was_written_to_its_end_is_gone_on_from(tmp_p
 def test_a_folder_that_holds_another_training_is_refused(base: Path, answers: Form, tmp_path: Path) -> None:
     train.land(settings(base, tmp_path), lessons(answers, 4))
     # Nothing is trained yet, so nothing is lost with the rows that were landed first.
-    assert train.land(settings(base, tmp_path), lessons(answers, 5)) == train.data_hash(lessons(answers, 5))
+    assert train.land(settings(base, tmp_path), lessons(answers, 5)) == (train.data_hash(lessons(answers, 5)), True)
     adapter.write_recipe(str(tmp_path), {"merged_hash": "0"})
     train.land(settings(base, tmp_path), lessons(answers, 5))
     train.land(settings(base, tmp_path), lessons(answers, 5))

@@ -119,13 +119,13 @@ def land(
     processes: int = 1,
     chosen: Mapping[str, Any] | None = None,
     **weights: str,
-) -> str:
-    """Writes the rows of a stage into its out folder; returns their hash.
+) -> tuple[str, bool]:
+    """Writes the rows of a stage into its out folder; returns the hash of those it trains on, and whether it is these.
 
     `processes`: each has its own share of a step's sequences and its own random state. `chosen`: what decides the rows,
     beside the tables. `weights`: hashes of what is trained on. A training that was killed goes on with the rows it
-    began with, whatever the tables hold by now: then nothing is written and the hash is theirs. Raises ValueError where
-    the folder holds another training: its checkpoints would go on from another parent, or it has ended with other rows.
+    began with, whatever the tables hold by now: then nothing is written. Raises ValueError where the folder holds
+    another training: its checkpoints would go on from another parent, or it has ended with other rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -150,12 +150,12 @@ def land(
                 f"--out {settings.out} holds a training that differs in {', '.join(other)}; name another folder"
             )
         if _last_checkpoint(settings, processes):
-            return str(was["data_hash"])
+            return str(was["data_hash"]), was["data_hash"] == own
     pq.write_table(pa.Table.from_pylist(list(rows)), f"{settings.out}/{DATA}")
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(plan, indent=2), encoding="utf-8")
     partial.rename(file)
-    return own
+    return own, True
 
 
 def data_hash(rows: Sequence[dict[str, Any]]) -> str:
