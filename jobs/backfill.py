@@ -213,10 +213,15 @@ class Backfill(Night):
         """As a night does; of what is to be done only the first so many, where there is a limit."""
         wanted = self.chosen.wanted if wanted is None else wanted
         if self.chosen.limit:
-            seen = unjudged(seen, judged)
             first = F.col("weight") if wanted is None else wanted
-            seen = seen.orderBy(first.desc_nulls_last(), F.xxhash64("locale", "product_id"), "pair_id")
-            seen = seen.limit(self.chosen.limit - self._taken)
+            # Without their texts: so many are held by each task, and by one in the end.
+            every = unjudged(seen, judged).select(
+                "pair_id", first.alias("first"), F.xxhash64("locale", "product_id").alias("product")
+            )
+            some = every.orderBy(F.desc_nulls_last("first"), "product", "pair_id")
+            some = some.limit(self.chosen.limit - self._taken).select("pair_id")
+            some = delta.land(self.spark, self.root, self.run.run_id, f"{name}-chosen", some)
+            seen = unjudged(seen, judged).join(some, "pair_id", how="left_semi")
         line, total = super().plan(seen, name, judged, wanted)
         self._taken += line.prompts
         return line, total

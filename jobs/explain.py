@@ -146,7 +146,8 @@ class Reasoning(Drawing):
             F.lit(self.run.run_id).alias("run_id"),
             F.current_timestamp().alias("created_at"),
         )
-        delta.upsert(self.spark, self.root, "explanations", rows.select(*EXPLANATIONS.names))
+        mine = {"model_id": self.what.model.model_id, "prompt_id": self.what.prompt.prompt_id}
+        delta.upsert(self.spark, self.root, "explanations", rows.select(*EXPLANATIONS.names), same=mine)
 
 
 def told(spark: SparkSession, root: str, run: runs.Run, selected: DataFrame) -> list[str]:

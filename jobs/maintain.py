@@ -111,8 +111,9 @@ def drop_model(spark: SparkSession, root: str, model_id: str, yes: bool) -> None
         for name in delta.inside(spark, checkpoints):
             if name.startswith(f"{model_id}-"):
                 delta.drop(spark, f"{checkpoints}/{name}")
-        gone = delta.delete(spark, root, "label_probs", rows, ("pair_id", "model_id", "prompt_id"))
-    runs.finish(spark, root, replace(run, counts={"removed": gone}), "done")
+        delta.remove(spark, root, "label_probs", F.col("model_id") == model_id)
+    runs.finish(spark, root, replace(run, counts={"removed": count}), "done")
     print(
-        f"{JOB}: {gone:,} rows of model {model_id} are gone from label_probs (versions of 7 days keep them)", flush=True
+        f"{JOB}: {count:,} rows of model {model_id} are gone from label_probs (versions of 7 days keep them)",
+        flush=True,
     )

@@ -254,7 +254,8 @@ class Draw(Drawing):
                 "created_at": F.current_timestamp(),
             }
         )
-        delta.upsert(self.spark, self.root, "samples", rows.select(*SAMPLES.names))
+        mine = {name: given[name] for name in ("model_id", "prompt_id", "run_id")}
+        delta.upsert(self.spark, self.root, "samples", rows.select(*SAMPLES.names), same=mine)
 
 
 class Findings(Waves):
@@ -294,7 +295,8 @@ class Findings(Waves):
         rows = self.samples().drop("entailed").join(found, ["pair_id", "chain"], how="inner")
         rows = rows.where("label IS NOT NULL").select(*SAMPLES.names)
         landed = delta.land(self.spark, self.root, self.run.run_id, f"{wave_id}-entailed", rows)
-        delta.upsert(self.spark, self.root, "samples", landed)
+        mine = {"model_id": self.what.model.model_id, "prompt_id": self.what.prompt.prompt_id}
+        delta.upsert(self.spark, self.root, "samples", landed, same=mine | {"run_id": self.run.run_id})
 
 
 def pass_at_k(spark: SparkSession, samples: DataFrame) -> DataFrame:

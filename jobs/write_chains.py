@@ -318,7 +318,7 @@ def write(spark: SparkSession, root: str, judged: DataFrame, teacher: str, run_i
     )
     same = ("label", "chain", "reason", "content_hash")
     changed = " OR ".join(f"NOT old.{name} <=> new.{name}" for name in same)
-    delta.upsert(spark, root, "chains", rows.select(*CHAINS.names), changed)
+    delta.upsert(spark, root, "chains", rows.select(*CHAINS.names), changed, {"teacher": teacher})
 
 
 def by_label(judged: DataFrame) -> tuple[list[str], dict[str, int]]:

@@ -107,6 +107,9 @@ class Night(Waves):
         if kinds & {"insert", "update_postimage"}:
             changed = changes.where(F.col("_change_type").isin("insert", "update_postimage"))
             changed = changed.select("pair_id").distinct()
+            landed = f"{name}-changed"
+            if not few:  # each look at the feed reads its files whole
+                changed = delta.land(self.spark, self.root, self.run.run_id, landed, changed)
 
             def score(night: Night) -> None:
                 if few:
@@ -121,6 +124,7 @@ class Night(Waves):
                     night.run = replace(night.run, figures={k: v for k, v in night.run.figures.items() if k != ASKED})
 
             self.with_candidates(score)
+            delta.drop_scratch(self.spark, self.root, self.run.run_id, landed)
 
     def with_candidates(self, work: Callable[[Night], None]) -> None:
         """Does work for this night, then for the models beside it: a fault of one of those ends its run alone, and

@@ -199,12 +199,12 @@ def contradictions(
         F.struct(F.lit(kind).alias("kind"), tables.hash_fields(list(key)).alias("key"), value.alias("value"))
         for kind, key, value in claims
     ]
-    each = rows.select(*_PLACE, "name", "line", F.inline(F.array(*said)))
+    each = rows.select(*_PLACE, "name", "line", F.inline(F.array(*said))).where("value IS NOT NULL")
     torn = each.groupBy("kind", "key").agg(F.min("value").alias("low"), F.max("value").alias("high"))
     torn = land("torn", torn.where("low <> high").select("kind", "key"))
     if torn.isEmpty():
         return None
-    both = each.where("value IS NOT NULL").join(torn, ["kind", "key"], how="left_semi")
+    both = each.join(torn, ["kind", "key"], how="left_semi")
     at = both.groupBy("kind", "key").agg(F.array_sort(F.collect_set(F.struct("name", "line"))).alias("at"))
     lines = F.transform(F.slice("at", 1, _LINES_TOLD), lambda p: F.concat(p["name"], F.lit(":"), p["line"]))
     more = F.when(F.size("at") > _LINES_TOLD, F.concat(F.lit(" and "), F.size("at") - _LINES_TOLD, F.lit(" more")))

@@ -140,7 +140,8 @@ LABEL_PROBS = Table(
         "p_iff_scored": f"(outcome = 'scored' AND {_ALL_IN_RANGE}) OR (outcome <> 'scored' AND {_ALL_NULL})",
         "p_sum": f"outcome <> 'scored' OR abs({_SUM} - 1) <= 1e-6",
     },
-    cluster_by=("model_id", "pair_id"),
+    # By product, as they change: by pair_id, a hash, the pairs of twenty products would lie in every file.
+    cluster_by=("model_id", "locale", "product_id"),
 )
 
 CHAINS = Table(

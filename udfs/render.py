@@ -43,8 +43,8 @@ def rendered(pairs: DataFrame, prompt: Prompt) -> DataFrame:
     )
     first, second = ("product", "asked") if prompt.first == "product" else ("asked", "product")
     return (
-        keyed.join(products, "product_key", how="inner")
-        .join(queries, "query", how="inner")
+        keyed.join(queries, "query", how="inner")  # first, as it is short: the second join moves what the first brought
+        .join(products, "product_key", how="inner")
         .select(
             "pair_id",
             "query",
