@@ -221,7 +221,7 @@ class Backfill(Night):
             some = every.orderBy(F.desc_nulls_last("first"), "product", "pair_id")
             some = some.limit(self.chosen.limit - self._taken).select("pair_id")
             some = delta.land(self.spark, self.root, self.run.run_id, f"{name}-chosen", some)
-            seen = unjudged(seen, judged).join(some, "pair_id", how="left_semi")
+            seen = seen.join(some, "pair_id", how="left_semi")
         line, total = super().plan(seen, name, judged, wanted)
         self._taken += line.prompts
         return line, total

@@ -111,6 +111,7 @@ def drop_model(spark: SparkSession, root: str, model_id: str, yes: bool) -> None
         for name in delta.inside(spark, checkpoints):
             if name.startswith(f"{model_id}-"):
                 delta.drop(spark, f"{checkpoints}/{name}")
+        count = rows.count()  # once more: a run of it may have ended since
         delta.remove(spark, root, "label_probs", F.col("model_id") == model_id)
     runs.finish(spark, root, replace(run, counts={"removed": count}), "done")
     print(

@@ -255,7 +255,7 @@ class Draw(Drawing):
             }
         )
         mine = {name: given[name] for name in ("model_id", "prompt_id", "run_id")}
-        delta.upsert(self.spark, self.root, "samples", rows.select(*SAMPLES.names), same=mine)
+        delta.upsert(self.spark, self.root, "samples", rows.select(*SAMPLES.names), "true", mine)
 
 
 class Findings(Waves):
@@ -296,7 +296,7 @@ class Findings(Waves):
         rows = rows.where("label IS NOT NULL").select(*SAMPLES.names)
         landed = delta.land(self.spark, self.root, self.run.run_id, f"{wave_id}-entailed", rows)
         mine = {"model_id": self.what.model.model_id, "prompt_id": self.what.prompt.prompt_id}
-        delta.upsert(self.spark, self.root, "samples", landed, same=mine | {"run_id": self.run.run_id})
+        delta.upsert(self.spark, self.root, "samples", landed, "true", mine | {"run_id": self.run.run_id})
 
 
 def pass_at_k(spark: SparkSession, samples: DataFrame) -> DataFrame:

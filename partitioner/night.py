@@ -170,7 +170,7 @@ class Night(Waves):
     def score_named(self, changed: Sequence[Row], name: str) -> None:
         """As `score_changed`, for so few pairs (pair_id, product_id) that each can be named."""
         pair, product = (F.col(c).isin(sorted({row[c] for row in changed})) for c in ("pair_id", "product_id"))
-        self.score(self.pairs().where(product & pair), name, self.judged().where(pair))
+        self.score(self.pairs().where(product & pair), name, self.judged().where(product & pair))
 
     def score_left(self, name: str = "left") -> None:
         """Scores what the feed goes without: where rows of label_probs are lost, or an older version of a table was

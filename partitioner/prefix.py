@@ -159,7 +159,6 @@ class Line:
         Every shard is a partition, so a task, of its own, ordered by token ids. Column `shard` is 0..count-1.
         """
         ends = dict(zip(self.starts, [*self.starts.values(), self.length][1:], strict=True))
-        # At the end of a part there may be rows that cost nothing, so it is its own too.
         here = {part: start for part, start in self.starts.items() if start < end and ends[part] >= begin}
         # Ranges part by part, so that Parquet can skip what lies outside.
         inside = F.lit(False)

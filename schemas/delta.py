@@ -59,8 +59,6 @@ CONF = {
     "spark.databricks.delta.optimize.clustering.mergeStrategy.minCubeSize.threshold": str(2**30),
     # A commit writes the files anew in which it changes a row (readers of protocol 1 know no deletion vectors).
     "spark.databricks.delta.optimize.maxFileSize": str(2**27),
-    # The rows of a training come to the driver (default: 1 GB of them); see docs/training.md.
-    "spark.driver.maxResultSize": "0",
     "spark.redaction.regex": "(?i)secret|password|token|(access|account|private)[._]?key|credential|[.]sas[.]",
     # A Python worker that says nothing for half an hour is told to end.
     "spark.python.worker.idleTimeoutSeconds": "1800",
@@ -491,7 +489,7 @@ def delete(spark: SparkSession, root: str, name: str, keys: DataFrame, on: tuple
 
 
 def remove(spark: SparkSession, root: str, name: str, where: Column) -> None:
-    """Removes the rows `where`, in one commit; files that hold no others are not read."""
+    """Removes the rows `where`, in one commit; files without such rows are not read."""
     _committed(spark, root, name, lambda: DeltaTable.forPath(spark, path(root, name)).delete(where))
 
 
