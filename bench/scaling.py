@@ -40,6 +40,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from tests import invariants
 from tests.engines import FakeEngine
 from udfs.engine import Answer, Engine, EngineSettings
 
@@ -165,7 +166,6 @@ def commits(spark: Any, root: str, count: int) -> tuple[list[float], dict[str, i
 def writers(folder: str, count: int) -> int:
     """Lets two drivers write and three kinds of readers read; prints what was found, returns 1 for a breach."""
     from schemas import delta
-    from tests import invariants
 
     spark = delta.session("scaling")
     delta.prepare(spark, folder, new=True)
@@ -173,11 +173,11 @@ def writers(folder: str, count: int) -> int:
     ended, reads = threading.Event(), Counter[str]()
     breaches: list[str] = []
 
-    def look(name: str, read: Callable[[str], list[dict[str, Any]]]) -> None:
+    def look(name: str, read: Callable[[str], invariants.Rows]) -> None:
         most = 0
         while not ended.is_set():
             try:
-                rows = read(f"{folder}/label_probs")
+                rows = read(folder)
             except Exception as error:
                 breaches.append(f"{name}: {error!r}")
                 break
@@ -249,34 +249,30 @@ def writer(folder: str, driver: int, count: int) -> list[float]:
     return took
 
 
-def by_delta_rs(table: str) -> list[dict[str, Any]]:
-    """All rows, as delta-rs reads them."""
-    from deltalake import DeltaTable
-
-    rows: list[dict[str, Any]] = DeltaTable(table).to_pyarrow_table().to_pylist()
-    return rows
-
-
-def by_duckdb(table: str) -> list[dict[str, Any]]:
+def by_duckdb(root: str) -> list[dict[str, Any]]:
     """All rows, as DuckDB reads them over delta-rs' Arrow."""
     import duckdb
     from deltalake import DeltaTable
 
     with duckdb.connect() as lake:
-        lake.register("label_probs", DeltaTable(table).to_pyarrow_dataset())
+        lake.register("label_probs", DeltaTable(f"{root}/label_probs").to_pyarrow_dataset())
         rows: list[dict[str, Any]] = lake.sql("SELECT * FROM label_probs").to_arrow_table().to_pylist()
         return rows
 
 
-def by_polars(table: str) -> list[dict[str, Any]]:
+def by_polars(root: str) -> list[dict[str, Any]]:
     """All rows, as Polars reads them."""
     import polars
 
-    return polars.read_delta(table).to_dicts()
+    return polars.read_delta(f"{root}/label_probs").to_dicts()
 
 
 DRIVERS, SHARED = 2, 50  # pairs that two drivers share; each has as many of its own
-READERS = {"delta-rs": by_delta_rs, "DuckDB": by_duckdb, "Polars": by_polars}
+READERS: dict[str, Callable[[str], invariants.Rows]] = {
+    "delta-rs": lambda root: invariants.table(root, "label_probs"),
+    "DuckDB": by_duckdb,
+    "Polars": by_polars,
+}
 
 
 def kettles(count: int) -> list[Any]:

@@ -146,8 +146,7 @@ class Reasoning(Drawing):
             F.lit(self.run.run_id).alias("run_id"),
             F.current_timestamp().alias("created_at"),
         )
-        mine = {"model_id": self.what.model.model_id, "prompt_id": self.what.prompt.prompt_id}
-        delta.upsert(self.spark, self.root, "explanations", rows.select(*EXPLANATIONS.names), "true", mine)
+        delta.upsert(self.spark, self.root, "explanations", rows.select(*EXPLANATIONS.names), "true", self.same)
 
 
 def told(spark: SparkSession, root: str, run: runs.Run, selected: DataFrame) -> list[str]:

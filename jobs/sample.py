@@ -235,10 +235,9 @@ class Draw(Drawing):
     def write(self, answered: DataFrame, wave_id: str) -> None:
         """Merges the wave into `samples`, one row a sample."""
         each = answered.select("pair_id", "gold", "content_hash", F.posexplode("samples").alias("sample", "one"))
+        same = self.same | {"run_id": self.run.run_id}
         given: dict[str, Any] = {
-            "model_id": self.what.model.model_id,
-            "prompt_id": self.what.prompt.prompt_id,
-            "run_id": self.run.run_id,
+            **same,
             "split": self.split,
             "temperature": float(self.sampling.temperature),
             "seed": self.sampling.seed,
@@ -254,8 +253,7 @@ class Draw(Drawing):
                 "created_at": F.current_timestamp(),
             }
         )
-        mine = {name: given[name] for name in ("model_id", "prompt_id", "run_id")}
-        delta.upsert(self.spark, self.root, "samples", rows.select(*SAMPLES.names), "true", mine)
+        delta.upsert(self.spark, self.root, "samples", rows.select(*SAMPLES.names), "true", same)
 
 
 class Findings(Waves):
@@ -295,8 +293,8 @@ class Findings(Waves):
         rows = self.samples().drop("entailed").join(found, ["pair_id", "chain"], how="inner")
         rows = rows.where("label IS NOT NULL").select(*SAMPLES.names)
         landed = delta.land(self.spark, self.root, self.run.run_id, f"{wave_id}-entailed", rows)
-        mine = {"model_id": self.what.model.model_id, "prompt_id": self.what.prompt.prompt_id}
-        delta.upsert(self.spark, self.root, "samples", landed, "true", mine | {"run_id": self.run.run_id})
+        same = self.same | {"run_id": self.run.run_id}
+        delta.upsert(self.spark, self.root, "samples", landed, "true", same)
 
 
 def pass_at_k(spark: SparkSession, samples: DataFrame) -> DataFrame:

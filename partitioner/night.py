@@ -124,7 +124,8 @@ class Night(Waves):
                     night.run = replace(night.run, figures={k: v for k, v in night.run.figures.items() if k != ASKED})
 
             self.with_candidates(score)
-            delta.drop_scratch(self.spark, self.root, self.run.run_id, landed)
+            if not few:
+                delta.drop_scratch(self.spark, self.root, self.run.run_id, landed)
 
     def with_candidates(self, work: Callable[[Night], None]) -> None:
         """Does work for this night, then for the models beside it: a fault of one of those ends its run alone, and
@@ -267,8 +268,7 @@ class Night(Waves):
             F.lit(self.run.run_id).alias("run_id"),
             F.current_timestamp().alias("scored_at"),
         )
-        mine = {"model_id": what.model.model_id, "prompt_id": what.prompt.prompt_id}
-        written = delta.upsert(self.spark, self.root, "label_probs", new, NEWER, mine)
+        written = delta.upsert(self.spark, self.root, "label_probs", new, NEWER, self.same)
         self._written += written["inserted"] + written["updated"]
 
     def _tally(self, figures: dict[str, Any]) -> None:

@@ -172,6 +172,11 @@ class Waves(ABC):
         self._refused_before = 0  # of a stream that stays, an hour ago: they count no more
         self._end: Exception | None = None  # why the run ends behind the wave at work
 
+    @property
+    def same(self) -> dict[str, str]:
+        """The columns of a key that have one value in all rows that this run writes (see `delta.upsert`)."""
+        return dict(zip(("model_id", "prompt_id"), self.what.regime, strict=True))
+
     def ask(self, rows: DataFrame) -> DataFrame:
         """The plan that puts a wave's prompts (`ids`) to the engines and brings their answers: label probabilities,
         where the owner asks for nothing else."""
